@@ -1,0 +1,1 @@
+"""What Airflow runs. Nothing else imports airflow; every task calls a function or a command of flywheel."""

@@ -1,0 +1,147 @@
+"""What the wheel's Python tasks do: turn and rollout put together. Imported when a task runs, not at parse.
+
+A skip says that the turn ends here by the rules (too few failures, a gate that does not promote, a rollout
+that was held or rolled back); a failure, that something is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from flywheel import approvals, rollout, turn
+from flywheel.config import PARAMS_FILE, Deployment, Settings
+from flywheel.errors import StageError, StoreUnavailable
+from flywheel.release import Publisher
+from flywheel.schema import GateReport, Group, RolloutStage, Verdict
+from flywheel.store import Store
+from flywheel.workspace import source_checkout
+
+ORDER = (
+    RolloutStage.SHADOW,
+    RolloutStage.CANARY,
+    RolloutStage.APPROVAL,
+    RolloutStage.WIDE,
+    RolloutStage.DONE,
+)
+DECISIONS = {
+    approvals.PROMOTE: Verdict.PROMOTE,
+    approvals.HOLD: Verdict.HOLD,
+    approvals.ROLL_BACK: Verdict.ROLL_BACK,
+}
+
+
+def open_turn(run_id: str, run_after: datetime, force: bool, adjust: Mapping[str, Any]) -> str:
+    """Claim what waits and make the turn's workspace; its name."""
+    _, publisher = _fleet()
+    stable = publisher.current(Group.STABLE)
+    name = turn.turn_name(run_id, run_after)
+    record = turn.open_turn(name, current_digest=stable.digest if stable else "", adjust=adjust, force=force)
+    if record is None:
+        raise AirflowSkipException("too few failures wait (trigger in params.yaml)")
+    print(f"{name}: {record.episodes} episodes, starts from policy {record.current_digest[:12]}")
+    return name
+
+
+def register(name: str) -> dict[str, Any]:
+    """Save the experiment, publish bundle and gate report."""
+    result = turn.close_turn(name)
+    print(f"{name}: {result.verdict}" + "".join(f"\n  {r}" for r in result.reasons))
+    return result.model_dump(mode="json")
+
+
+def give_up(name: str | None) -> None:
+    """Keep what a failed turn had finished as its experiment; clearing its tasks later goes on from there."""
+    if name is not None:
+        result = turn.close_turn(name, ok=False)
+        print(f"{name}: finished {', '.join(result.stages) or 'nothing'}")
+
+
+def start_rollout(name: str) -> str:
+    """Begin with the shadow; the rollout's id."""
+    result = turn.result_of(name)
+    if not result.promotes:
+        raise AirflowSkipException(f"the gate's verdict is {result.verdict}: {'; '.join(result.reasons)}")
+    settings = Settings.load(source_checkout() / PARAMS_FILE).rollout
+    state = rollout.start(
+        *_fleet(),
+        result.candidate_digest,
+        result.gate_digest,
+        settings,
+        git_rev=result.commit,
+        experiment=result.turn,
+    )
+    return state.rollout_id
+
+
+def watch(rollout_id: str, until: str, *, name: str = "", skip: bool = True) -> tuple[bool, str]:
+    """Look at the fleet once: whether the rollout has come as far as ``until``, and where it is.
+
+    With ``name``, the second part is what the approver of that turn is shown. A rollout that has ended
+    otherwise skips what follows, or with ``skip`` false is simply the end of watching.
+    """
+    store, publisher = _fleet()
+    try:
+        seen = rollout.look(store, publisher, rollout_id)
+    except StoreUnavailable as e:
+        print(f"not seen, looking again: {e}")
+        return False, ""
+    print(seen.line())
+    state = seen.state
+    if state.stage not in ORDER:
+        if skip:
+            raise AirflowSkipException(f"{state.stage}: {state.reason}")
+        return True, state.stage.value
+    reached = ORDER.index(state.stage) >= ORDER.index(RolloutStage(until))
+    if not (reached and name):
+        return reached, state.stage.value
+    gate = store.get_json(f"gates/{state.gate_digest}.json", GateReport, state.gate_digest)
+    canary = next(s.checks for s in reversed(rollout.history(store, rollout_id)) if s.checks)
+    return True, approvals.evidence(name, rollout_id, gate, state.gate_digest, canary)
+
+
+def decide(option: str, name: str, rollout_id: str, answer: Mapping[str, Any]) -> None:
+    """Give a person's word to the rollout, checked again here: who, for which bundle, on which evidence."""
+    user = answer.get("responded_by_user") or {}
+    by = str(user.get("name") or "nobody answered in time")
+    verdict = DECISIONS[option]
+    if verdict is Verdict.PROMOTE and by not in Deployment.from_env().approvers:
+        raise AirflowFailException(f"{by} may not approve releases (FLYWHEEL_APPROVERS)")
+    store, publisher = _fleet()
+    state = rollout.status(store, rollout_id).state
+    if verdict is Verdict.PROMOTE and by in state.approved_by:
+        return  # an earlier attempt of this task came this far
+    shown = turn.result_of(name)
+    try:
+        rollout.approve(
+            store,
+            rollout_id,
+            verdict,
+            by,
+            (answer.get("params_input") or {}).get("reason", ""),
+            bundle_digest=shown.candidate_digest,
+            gate_digest=shown.gate_digest,
+        )
+    except StageError as e:
+        raise AirflowFailException(str(e)) from e
+    print(rollout.look(store, publisher, rollout_id).line())
+
+
+def outcome(name: str | None, rollout_id: str | None) -> str:
+    """How the turn ended, in a line."""
+    if name is None:
+        return "No turn: too few failures waited."
+    result = turn.result_of(name)
+    if rollout_id is None:
+        return f"{name}: no rollout: the gate says {result.verdict}: {'; '.join(result.reasons)}"
+    state = rollout.status(_fleet()[0], rollout_id).state
+    return f"{name}: policy {result.candidate_digest[:12]}: {state.stage}: {state.reason}"
+
+
+def _fleet() -> tuple[Store, Publisher]:
+    deployment = Deployment.from_env()
+    store = Store.from_env(deployment)
+    return store, Publisher(store, deployment.home / "keys")

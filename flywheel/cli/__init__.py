@@ -1,0 +1,41 @@
+"""The command line: the composition root.
+
+Every command takes ``--json`` where it has something to report, exits 0 when it did what was asked, and
+otherwise exits 1 with one line that says what was wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from flywheel.cli import episodes, operate, rollouts, stages, turns
+from flywheel.errors import FlywheelError
+
+app = typer.Typer(
+    name="flywheel",
+    help="A data flywheel for robots: failures become episodes, and episodes a better policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+operate.add_to(app)
+stages.add_to(app)
+app.add_typer(episodes.app, name="episodes")
+app.add_typer(rollouts.app, name="rollout")
+app.add_typer(turns.app, name="turn", hidden=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except FlywheelError as e:
+        print(f"flywheel: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("flywheel: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,355 @@
+"""What can be set, and where it comes from.
+
+Two sources, kept apart on purpose:
+
+* ``Settings``: ``params.yaml``, what an experiment may vary. DVC tracks it by section, so that a stage
+  re-runs when its own section changes. Safety limits are not here: an experiment must not be able to
+  loosen them. The times of the stale ladder are part of the limits for the same reason.
+* ``Deployment``: the environment, where this process runs and where its store is. No secret is held in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import socket
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from flywheel.errors import ConfigError
+
+PARAMS_FILE = "params.yaml"
+BUCKET = "flywheel"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys and non-finite numbers refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TwinSettings(Section):
+    """The simulated robots."""
+
+    shift: str = "factory"  # named shift that the fleet works in
+    robots: Count = 4  # robots of the simulated fleet
+    episode_s: Positive = 8.0  # time limit of one attempt at the task
+    seed: Seed = 0
+
+
+class EdgeSettings(Section):
+    """The dual-rate runtime; its limits and stale ladder lie in the robot's limits file."""
+
+    control_hz: Annotated[float, Field(ge=100, le=4000)] = 1000.0
+    policy_hz: Annotated[float, Field(ge=1, le=50)] = 10.0
+    onnx_threads: Annotated[int, Field(ge=1, le=16)] = 1
+    # simulated time from observation to visible chunk (lockstep only)
+    latency_ms: Annotated[float, Field(ge=0, le=1000)] = 20.0
+
+
+class RecorderSettings(Section):
+    """What is kept around a failure."""
+
+    pre_s: Positive = 10.0  # kept before the trigger
+    post_s: Positive = 2.0  # kept after the trigger
+    tail_s: Positive = 0.5  # kept after the operator let go
+    min_interval_s: Annotated[float, Field(ge=0)] = 1.0  # a kind of trigger fires at most this often
+    settle_s: Annotated[float, Field(ge=0)] = 0.2  # wait for late rows before sealing
+    max_episode_s: Positive = 30.0  # an episode is sealed at this length at the latest
+    tracking_error_rad: Positive = 0.15  # joint error that triggers by itself
+    baseline_fraction: Fraction = 0.02  # attempts recorded although nothing failed
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
+    spool_quota_mb: Positive = 2048.0  # disk that the spool may fill
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.pre_s + self.post_s > self.max_episode_s:
+            raise ValueError("max_episode_s must be at least pre_s + post_s")
+        return self
+
+
+class CurateSettings(Section):
+    """Which episodes become training data."""
+
+    min_frames: Count = 8  # shorter episodes are left out
+    max_episodes: Count = 200  # most episodes of one turn
+    duplicate_distance: Annotated[float, Field(ge=0)] = 0.02  # closer ones are one; normalised trajectory
+    keep_success: bool = False  # fill the budget up with episodes in which nothing failed
+    cameras: Annotated[tuple[str, ...], Field(min_length=1)] = ("wrist",)  # what the policy sees
+
+
+class LabelSettings(Section):
+    """How failures are named."""
+
+    min_confidence: Fraction = 0.5
+
+
+class ReplaySettings(Section):
+    """Demonstrations that keep old skills alive in training."""
+
+    shift: str = "lab"
+    episodes: Count = 240
+    seed: Seed = 0
+
+
+class TrainSettings(Section):
+    """Fine-tuning of the current policy."""
+
+    steps: Count = 800
+    batch_size: Count = 64
+    learning_rate: Positive = 3e-4
+    replay_fraction: Fraction = 0.5  # share of base data in a batch
+    seed: Seed = 0
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights
+
+
+class ExportSettings(Section):
+    """From checkpoint to bundle."""
+
+    num_steps: Count = 4  # denoising steps
+    parity_atol: Positive = 1e-3  # largest error against PyTorch, normalised actions
+
+
+class GateSettings(Section):
+    """What a candidate must show."""
+
+    shift: str = "factory"  # where the failures came from
+    episodes: Count = 80  # most paired episodes in the shift
+    lab_episodes: Count = 200  # most paired episodes in the lab
+    looks: Annotated[int, Field(ge=1, le=10)] = 2  # times the evidence is looked at; it may end at each
+    max_scenarios: Count = 40  # recorded failures that are replayed, the newest
+    seed: Seed = 0  # scenes also depend on the two policies, so that each gate draws fresh ones
+    min_lift: Annotated[float, Field(ge=-1, le=1)] = 0.0  # the lift's interval must lie above this
+    max_lab_drop: Fraction = 0.05  # success that the lab may lose
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # one-sided, of every check
+    wall_s: Positive = 4.0  # length of one run on the wall clock
+    wall_pairs: Annotated[int, Field(ge=2)] = 8  # most runs of each policy on the wall clock
+    max_tracking_rms_rad: Positive = 0.05
+
+
+class RolloutSettings(Section):
+    """How a policy reaches the fleet."""
+
+    shadow_episodes: Count = 4
+    canary_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    canary_episodes: Count = 12
+    wide_episodes: Count = 12
+    approval_timeout_s: Positive = 24 * 3600.0
+    max_drop: Fraction = 0.1  # success that may be lost before it is rolled back
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    look_s: Positive = 5.0  # time between two looks at the fleet
+    max_stage_s: Positive = 24 * 3600.0  # shadow or canary that is inconclusive for so long is held
+    silence_s: Positive = 900.0  # a robot unheard of for longer is silent
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.8  # share of cohort or fleet that must be heard of
+    approvals: Count = 1  # different people
+    max_tail_ratio: Annotated[float, Field(gt=1)] = 1.25  # tracking error, lateness, misses
+    max_invalid_per_episode: Annotated[float, Field(ge=0)] = 0.1  # chunks that are not finite or out of range
+    max_infer_ms: Positive = 80.0  # p99 of the candidate's inference on the robots
+    max_shadow_rms: Positive = 0.3  # of the candidate's from today's actions; beyond it nobody meant this
+
+
+class TriggerSettings(Section):
+    """When failures start a turn."""
+
+    min_episodes: Count = 120  # failures waiting that start a turn
+    max_wait_s: Positive = 600.0  # age of the oldest failure that starts a turn
+    cooldown_s: Positive = 30.0
+    poll_s: Positive = 2.0
+
+
+class TurnSettings(Section):
+    """What a turn of the wheel starts from; the wheel sets it in the turn's own workspace."""
+
+    policy: str = "models/base"  # a checkpoint with its bundle/ inside
+
+
+class Settings(Section):
+    """All of ``params.yaml``; a key that is absent has the default given here."""
+
+    twin: TwinSettings = TwinSettings()
+    edge: EdgeSettings = EdgeSettings()
+    recorder: RecorderSettings = RecorderSettings()
+    curate: CurateSettings = CurateSettings()
+    label: LabelSettings = LabelSettings()
+    replay: ReplaySettings = ReplaySettings()
+    train: TrainSettings = TrainSettings()
+    export: ExportSettings = ExportSettings()
+    gate: GateSettings = GateSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    trigger: TriggerSettings = TriggerSettings()
+    turn: TurnSettings = TurnSettings()
+
+    @classmethod
+    def load(cls, path: Path | str = PARAMS_FILE) -> Settings:
+        """Read a params file; ``ConfigError`` names the key, the file and the nearest valid key."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: no such file; run from the checkout, or name one with --params"
+            ) from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}: cannot be read: {e}") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Settings:
+        """``load`` for text that came from ``source`` (a name for messages)."""
+        try:
+            doc = yaml.load(text, Loader=StrictLoader)
+        except yaml.YAMLError as e:
+            where = getattr(e, "problem_mark", None)
+            line = f" line {where.line + 1}" if where is not None else ""
+            raise ConfigError(f"{source}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+        if doc is None:
+            doc = {}
+        if not isinstance(doc, dict):
+            raise ConfigError(f"{source}: must be a mapping of sections, found a {type(doc).__name__}")
+        # A section that is present but empty parses as null: same as absent.
+        doc = {k: {} if v is None and k in cls.model_fields else v for k, v in doc.items()}
+        try:
+            # By way of JSON, where strict mode knows that an array is a tuple and true is not 1.
+            return cls.model_validate_json(json.dumps(doc, default=str), strict=True)
+        except ValidationError as e:
+            raise ConfigError(_explain(e.errors()[0], source)) from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-3`` as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def setting_names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every setting, such as ``train.steps``."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from setting_names(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explain(error: ErrorDetails, source: str) -> str:
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{source}: {key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    names = list(setting_names())
+    section = f"{key.split('.')[0]}."
+    local = [n for n in names if n.startswith(section)] or list(Settings.model_fields)
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, local, n=1, cutoff=0.75)
+    if not near:  # the right name in the wrong section
+        near = [n for n in names if n.rsplit(".", 1)[-1] == leaf]
+    hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(local)}"
+    return f"{source}: unknown key {key!r}; {hint}"
+
+
+class Deployment(Section):
+    """Where this process runs, from the environment.
+
+    ======================  =====================================================================
+    ``FLYWHEEL_HOME``       state directory; default ``.flywheel`` in the checkout that holds the
+                            working directory, ``~/.local/state/flywheel`` outside of one
+    ``FLYWHEEL_STORE``      ``s3://bucket/prefix``; default ``s3://flywheel``
+    ``AWS_ENDPOINT_URL``    the store's endpoint; unset with ``FLYWHEEL_STORE`` set means AWS itself
+    ``FLYWHEEL_SITE``       site name, default ``local``
+    ``FLYWHEEL_ROBOT``      robot name, default the host's name
+    ``FLYWHEEL_APPROVERS``  Airflow users who may approve a release, with commas; default ``ops``
+    ======================  =====================================================================
+
+    With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.
+    """
+
+    home: Path
+    store_url: str
+    endpoint: str | None
+    embedded: bool
+    site: str
+    robot: str
+    approvers: tuple[str, ...] = ("ops",)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Deployment:
+        """Read the environment; ``ConfigError`` names a variable that is malformed."""
+        env = os.environ if environ is None else environ
+        url = env.get("FLYWHEEL_STORE", "")
+        endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or None
+        if url and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?", url):
+            raise ConfigError(f"FLYWHEEL_STORE={url!r}: must look like s3://bucket or s3://bucket/prefix")
+        if endpoint and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
+            shown = re.sub(r"//[^/]*@", "//…@", endpoint)
+            raise ConfigError(f"AWS_ENDPOINT_URL={shown!r}: must look like https://host:port without keys")
+        host = re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")[:63]
+        return cls(
+            home=_home(env, cwd or Path.cwd()),
+            store_url=url or f"s3://{BUCKET}",
+            endpoint=endpoint,
+            embedded=not (url or endpoint),
+            site=_name(env, "FLYWHEEL_SITE", "local"),
+            robot=_name(env, "FLYWHEEL_ROBOT", host or "robot"),
+            approvers=_approvers(env),
+        )
+
+
+def checkout(start: Path) -> Path | None:
+    """The nearest directory at or above ``start`` that is a checkout of this project."""
+    for d in (start, *start.parents):
+        if (d / PARAMS_FILE).is_file() and (d / "flywheel" / "config.py").is_file():
+            return d
+    return None
+
+
+def _home(env: Mapping[str, str], cwd: Path) -> Path:
+    if given := env.get("FLYWHEEL_HOME"):
+        return Path(given).expanduser().absolute()
+    if (root := checkout(cwd)) is not None:
+        return root / ".flywheel"
+    state = env.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "flywheel"
+
+
+def _approvers(env: Mapping[str, str]) -> tuple[str, ...]:
+    names = tuple(a for part in env.get("FLYWHEEL_APPROVERS", "ops").split(",") if (a := part.strip()))
+    if not names:  # to Airflow an empty list would mean everybody
+        raise ConfigError("FLYWHEEL_APPROVERS is empty: name the Airflow users who may approve a release")
+    return names
+
+
+def _name(env: Mapping[str, str], variable: str, default: str) -> str:
+    """A name that is safe as a part of an object key and of a path."""
+    value = env.get(variable) or default
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", value):
+        raise ConfigError(
+            f"{variable}={value!r}: use lower-case letters, digits, '-' and '_', at most 63 of them"
+        )
+    return value

@@ -1,0 +1,184 @@
+"""What one episode is and what of it could be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from flywheel import episode
+from flywheel.config import CurateSettings
+from flywheel.errors import EpisodeError
+from flywheel.schema import FRAMES_FILE, Manifest, Outcome, sha256_bytes
+
+MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
+DESCRIPTOR_STEPS = 16
+DESCRIPTOR_IMAGES = 3
+THUMBNAIL_PX = 8
+
+Vector = NDArray[np.float64]
+
+
+@dataclass
+class Candidate:
+    """One directory under ``episodes_dir`` and what was found out about it."""
+
+    directory: Path
+    manifest: Manifest | None = None
+    frames: int = 0
+    stretches: tuple[tuple[int, int], ...] = ()  # usable rows of frames.parquet, end exclusive
+    tier: int = 0  # corrections before successes
+    path: Vector = field(default_factory=lambda: np.empty(0))  # state along the usable rows
+    look: Vector = field(default_factory=lambda: np.empty(0))  # thumbnails along the usable rows
+    shape: tuple[Any, ...] = ()
+    content_sha256: str = ""
+    taken: bool = False
+    reason: str = ""  # empty while undecided
+    why: str = ""
+    dataset_episodes: tuple[int, ...] = ()
+
+    @property
+    def episode_id(self) -> str:
+        return self.manifest.episode_id if self.manifest else self.directory.name
+
+    @property
+    def failure_mode(self) -> str:
+        """How it failed as far as the robot itself knew; ``label`` looks closer."""
+        m = self.manifest
+        if m is None:
+            return ""
+        if m.outcome is Outcome.SUCCESS and m.triggers:
+            return m.triggers[0].kind.value
+        return m.outcome.value
+
+    @property
+    def frames_used(self) -> int:
+        """Frames of the usable stretches if it was taken, else 0."""
+        return sum(b - a for a, b in self.stretches) if self.taken else 0
+
+    def decide(self, taken: bool, reason: str, why: str) -> None:
+        self.taken, self.reason, self.why = taken, reason, why
+
+
+def examine(directory: Path, settings: CurateSettings) -> Candidate:
+    """Read one episode and say what of it could be used. Never raises for what the directory holds."""
+    c = Candidate(directory)
+    problems = episode.verify(directory)
+    fatal = [p for p in problems if p.fatal]
+    try:
+        c.manifest = episode.read_manifest(directory)
+        listed = "".join(f"{f.name} {f.sha256}\n" for f in c.manifest.files)
+        c.content_sha256 = "" if fatal else sha256_bytes(listed.encode())
+    except EpisodeError:
+        pass  # verify has said so
+    if fatal or c.manifest is None:
+        why = "; ".join(str(p) for p in fatal[:5])
+        c.decide(False, f"quarantine:{fatal[0].reason.value if fatal else 'bad_manifest'}", why)
+        return c
+    try:
+        _examine_frames(c, c.manifest, settings)
+    except (EpisodeError, pa.ArrowException, OSError, ValueError) as e:
+        c.decide(False, "quarantine:image", f"{FRAMES_FILE}: {e}")
+    return c
+
+
+def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None:
+    if missing := [x for x in settings.cameras if x not in m.cameras]:
+        c.decide(False, "no_camera", f"has cameras {m.cameras}, the policy needs {missing[0]!r}")
+        return
+    table = read_frames(c.directory, m, settings.cameras)
+    c.frames = table.num_rows
+    reason, why, tier = _usable(m, settings)
+    if reason:
+        c.decide(False, reason, why)
+        return
+    mine = episode.as_array(table, "intervention").astype(bool) == (tier == 0)
+    found = stretches(table, mine, m.policy_hz)
+    c.tier = tier
+    c.stretches = tuple((a, b) for a, b in found if b - a >= settings.min_frames)
+    if not c.stretches:
+        longest = max((b - a for a, b in found), default=0)
+        c.decide(
+            False, "too_short", f"longest usable stretch {longest} frames, min_frames {settings.min_frames}"
+        )
+        return
+    rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
+    images = {x: decoded(table, x, rows) for x in settings.cameras}
+    state = episode.as_array(table, "state").astype(np.float64)
+    c.path = _resampled(state[rows], DESCRIPTOR_STEPS)
+    c.look = np.stack([thumbnail(i) for i in _resampled(images[settings.cameras[0]], DESCRIPTOR_IMAGES)])
+    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
+
+
+def _usable(m: Manifest, settings: CurateSettings) -> tuple[str, str, int]:
+    """Why nothing of the episode can be used (code and text), or the tier of what can."""
+    if m.operator_outcome is Outcome.SUCCESS:
+        return "", "", 0
+    if m.operator_outcome is not None:
+        return "correction_failed", f"the operator took over and ended with {m.operator_outcome.value}", 0
+    if m.outcome is not Outcome.SUCCESS:
+        return "no_correction", f"ended with {m.outcome.value} and nobody corrected it", 0
+    if not settings.keep_success:
+        return "success", "nothing failed and keep_success is off", 1
+    return "", "", 1
+
+
+def stretches(frames: pa.Table, mine: NDArray[np.bool_], rate_hz: float) -> list[tuple[int, int]]:
+    """Row ranges in which ``mine`` holds, under one instruction, with no frame missing in between.
+
+    A dataset episode has one task and frames exactly 1/fps apart, so a stretch ends where either changes.
+    """
+    t = episode.as_array(frames, "t_ns")
+    words = np.asarray(frames.column("instruction").to_pylist(), dtype=object)
+    breaks = (np.diff(t) > 1.5e9 / rate_hz) | (words[1:] != words[:-1]) | (mine[1:] != mine[:-1])
+    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(t)]
+    return [(a, b) for a, b in pairwise(edges) if b > a and mine[a]]
+
+
+def read_frames(directory: Path, m: Manifest, cameras: Sequence[str]) -> pa.Table:
+    """The needed columns of ``frames.parquet``, from bytes whose hash is the manifest's."""
+    entry = next(f for f in m.files if f.name == FRAMES_FILE)
+    data = (directory / FRAMES_FILE).read_bytes()
+    if sha256_bytes(data) != entry.sha256:
+        raise EpisodeError(f"{directory / FRAMES_FILE}: changed while it was read; pull the episode again")
+    columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
+    return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
+    import simplejpeg
+
+    column = frames.column(f"image.{camera}")
+    images: list[NDArray[np.uint8]] = []
+    for row in rows.tolist():
+        data = column[row].as_py()
+        try:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            if not 0 < max(height, width) <= MAX_SIDE_PX:
+                raise ValueError(f"claims {height}×{width} px")
+            if images and (height, width) != images[0].shape[:2]:
+                raise ValueError(f"is {height}×{width} px, unlike the first one")
+            images.append(simplejpeg.decode_jpeg(data, colorspace="RGB"))
+        except ValueError as e:
+            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
+    return np.stack(images)
+
+
+def thumbnail(image: NDArray[Any]) -> Vector:
+    """Grey ``[8, 8]`` in 0..1 of an image ``[H, W, 3]`` by averaging blocks."""
+    grey = np.asarray(image, dtype=np.float64).mean(axis=2) / 255.0
+    rows = np.array_split(grey, THUMBNAIL_PX, axis=0)
+    return np.array([[b.mean() for b in np.array_split(r, THUMBNAIL_PX, axis=1)] for r in rows])
+
+
+def _resampled(values: NDArray[Any], steps: int) -> NDArray[Any]:
+    """``steps`` rows of ``values``, evenly spread, the first and the last included."""
+    return np.asarray(values[np.linspace(0, len(values) - 1, steps).round().astype(int)])

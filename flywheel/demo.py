@@ -1,0 +1,326 @@
+"""The demo: the whole wheel, once, on one machine, through Airflow.
+
+Its state lies in a home of its own (``<home>/demo``), made anew each time, so that a demo never touches what
+``flywheel up`` runs, and the last one can still be looked at: ``FLYWHEEL_HOME=.flywheel/demo flywheel up``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flywheel import approvals, services
+from flywheel.config import PARAMS_FILE, Deployment, Settings, checkout
+from flywheel.edge.runtime import run_wall
+from flywheel.errors import ServiceError, StageError
+from flywheel.evaluate import PairedResult, paired
+from flywheel.fleet import IDLE, WORK, Fleet
+from flywheel.release import Publisher
+from flywheel.report import write_report
+from flywheel.schema import BUNDLE_FILES, Group, RobotReport
+from flywheel.services.airflow import AUTO_APPROVER, Airflow
+from flywheel.store import Store
+from flywheel.turn import turn_name
+
+BASE = Path("models/base/bundle")
+PAIRS = 100  # fresh scenes in each shift, for the table at the end
+FRESH_SEED = 20_000
+WALL_S = 6.0
+FLEET_LIMIT_S = 600.0
+TURN_LIMIT_S = 3600.0
+ARRIVE_S = 120.0
+LINE_S = 10.0  # between two lines of progress where nothing else happens
+
+console = Console(highlight=False)
+
+
+class Clock:
+    """Seconds since the start, and how long each part took."""
+
+    def __init__(self) -> None:
+        self._zero = time.monotonic()
+        self.parts: dict[str, float] = {}
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._zero
+
+    def say(self, text: str) -> None:
+        """A line with the time in front."""
+        console.print(f"[dim]{int(self.now) // 60:3d}:{int(self.now) % 60:02d}[/dim]  {text}")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Take the time of a part."""
+        begin = self.now
+        yield
+        self.parts[name] = self.now - begin
+
+
+def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
+    """Turn the wheel once; write ``report.html`` and ``report.json`` to ``out`` and return the latter.
+
+    Raises ``StageError`` if the wheel turned and the new policy did not reach every robot, ``ServiceError``
+    if something did not run.
+    """
+    root = checkout(Path.cwd())
+    if root is None:
+        raise StageError("the demo runs from a checkout: cd into it first")
+    settings = Settings.load(root / PARAMS_FILE)
+    base = root / BASE
+    missing = [n for n in BUNDLE_FILES if not (base / n).is_file()]
+    if missing:
+        raise StageError(f"{base / missing[0]}: no such file; the base policy belongs to the checkout")
+    home = Deployment.from_env().home / "demo"
+    if home.exists():
+        services.down(home)
+        shutil.rmtree(home)
+    clock = Clock()
+    os.environ["FLYWHEEL_HOME"] = str(home)
+    if not manual:
+        os.environ["FLYWHEEL_APPROVERS"] = f"ops,{AUTO_APPROVER}"
+    clock.say("starting the object store and Airflow")
+    with services.session(
+        home, on_progress=lambda what, step: clock.say(f"  [dim]{what}[/dim] {step}")
+    ) as up:
+        clock.parts["services"] = clock.now
+        os.environ.update(up.environ())
+        console.print(
+            f"\n  Airflow   {up.airflow_url}   user {up.airflow_user}   password {up.airflow_password}\n"
+            + ("  Approve there when asked.\n" if manual else f"  {AUTO_APPROVER} will approve for you.\n")
+        )
+        store = up.store()
+        publisher = Publisher(store, home / "keys")
+        bootstrap = publisher.init()
+        publisher.publish_first(base)
+        with Fleet(home, up.environ(), settings, bootstrap) as fleet:
+            before = _collect(fleet, settings, clock)
+            turned = _turn(fleet, Airflow(home), clock, manual)
+            _require_done(turned, home)
+            stable = publisher.current(Group.STABLE)
+            assert stable is not None
+            robots = _arrived(fleet, store, stable.digest, clock)
+            after = fleet.poll()
+            fleet_counts = {r: dict(c) for r, c in after.counts.items()}
+        candidate = _fetch(store, stable.digest, home / "candidate")
+        results = _measure(base, candidate, clock)
+        with clock.part("tracking on the wall clock"):
+            clock.say("tracking on the wall clock, both policies")
+            wall = {name: run_wall(b, settings.twin.shift, WALL_S, 1) for name, b in _both(base, candidate)}
+        report = write_report(
+            out,
+            store=store,
+            turn=turned["turn"],
+            rollout_id=stable.rollout_id,
+            before=before,
+            fleet=fleet_counts,
+            robots=robots,
+            results=results,
+            wall=wall,
+            seconds={
+                **clock.parts,
+                **{f"task {k}": v for k, v in turned["tasks"].items()},
+                "total": clock.now,
+            },
+            stable=stable,
+        )
+    _table(report)
+    clock.say(f"done in {clock.now / 60:.1f} minutes; see {out / 'report.html'}")
+    clock.say(
+        "`dvc exp show` lists the turn; `FLYWHEEL_HOME=.flywheel/demo flywheel up` brings its Airflow back"
+    )
+    return report
+
+
+def _both(base: Path, candidate: Path) -> tuple[tuple[str, Path], ...]:
+    return ("base", base), ("candidate", candidate)
+
+
+def _collect(fleet: Fleet, settings: Settings, clock: Clock) -> dict[str, int]:
+    """Robots work until enough failures are in the store to start a turn."""
+    wanted = settings.trigger.min_episodes
+    clock.say(
+        f"{settings.twin.robots} robots work in [b]{settings.twin.shift}[/b] with the base policy, "
+        f"until {wanted} failures are in the store"
+    )
+    with clock.part("failures"):
+        fleet.set(WORK)
+        shown, begin = 0.0, clock.now
+        while (p := fleet.poll()).total("uploaded") < wanted:
+            if clock.now - begin > FLEET_LIMIT_S:
+                raise StageError(
+                    f"only {p.total('uploaded')} failures in {FLEET_LIMIT_S:.0f} s ({p.total('success')} of "
+                    f"{p.total('attempts')} attempts succeeded): the policy is too good for this shift"
+                )
+            if clock.now - shown > LINE_S:
+                shown = clock.now
+                clock.say(f"  {_counts(p.total)}")
+            time.sleep(0.5)
+        fleet.set(IDLE)
+    p = fleet.poll()
+    clock.say(f"  {_counts(p.total)}")
+    return {
+        k: p.total(k)
+        for k in ("attempts", "success", "timeout", "wrong_object", "dropped", "stopped", "uploaded")
+    }
+
+
+def _counts(total: Callable[[str], int]) -> str:
+    failures = {k: total(k) for k in ("timeout", "wrong_object", "dropped", "stopped")}
+    reasons = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in failures.items() if n)
+    done = f"{total('attempts')} attempts, {total('success')} succeeded"
+    return f"{done}; {reasons or 'no failure'}; {total('uploaded')} in the store"
+
+
+def _turn(fleet: Fleet, airflow: Airflow, clock: Clock, manual: bool) -> dict[str, Any]:
+    """Follow the run that the failures start, and answer its question unless a person is to."""
+    approver = approvals.AutoApprover(airflow)
+    begin, shown = clock.now, clock.now
+    said: dict[str, str] = {}
+    run_id = ""
+    asked = False
+    while True:
+        if clock.now - begin > TURN_LIMIT_S:
+            raise StageError(f"the turn did not end within {TURN_LIMIT_S / 60:.0f} minutes; see Airflow")
+        fleet.poll()
+        found = approvals.runs(airflow, 5)
+        if not run_id:
+            # A run that finds too little to do ends at once; the turn is the one that goes on.
+            run_id = next((r.run_id for r in reversed(found) if not r.over), "")
+            if run_id:
+                clock.say(f"the failures started a turn in Airflow: [b]{run_id}[/b]")
+            time.sleep(1)
+            continue
+        current = approvals.run(airflow, run_id)
+        for task in current.tasks:
+            state = task.state or ""
+            if said.get(task.name) != state and state in ("running", "success", "failed", "up_for_retry"):
+                took = f"  {task.seconds:.0f} s" if task.seconds and state == "success" else ""
+                clock.say(f"  [b]{task.name}[/b] {state}{took}")
+                shown = clock.now
+            said[task.name] = state
+        if said.get("release.start") == "success":
+            fleet.set(WORK)
+        if not manual:
+            for question in approver.poll():
+                clock.say(f"  {AUTO_APPROVER} answered: {question.subject}")
+        elif not asked and (waiting := approvals.pending(airflow)):
+            asked = True
+            clock.say(f"  [b]your approval is asked for[/b]: {waiting[0].page(airflow.url)}")
+        if current.over:
+            fleet.set(IDLE)
+            tasks = {
+                t.name: t.seconds for t in current.tasks if t.seconds is not None and t.state == "success"
+            }
+            assert current.started is not None
+            clock.parts["turn"] = clock.now - begin
+            return {
+                "run": run_id,
+                "state": current.state,
+                "states": {t.name: t.state for t in current.tasks},
+                "tasks": tasks,
+                "turn": _name_of(airflow, run_id),
+            }
+        if clock.now - shown > LINE_S * 2:
+            shown = clock.now
+            running = [
+                t.name for t in current.tasks if t.state in ("running", "awaiting_input", "up_for_reschedule")
+            ]
+            clock.say(f"  [dim]{', '.join(running) or 'between tasks'} …[/dim]")
+        time.sleep(1)
+
+
+def _name_of(airflow: Airflow, run_id: str) -> str:
+    """The turn of a run, from the run's own times."""
+    from datetime import datetime
+    from urllib.parse import quote
+
+    doc = airflow.call("GET", f"/dags/{approvals.DAG}/dagRuns/{quote(run_id, safe='')}")
+    return turn_name(run_id, datetime.fromisoformat(doc["run_after"]))
+
+
+def _require_done(turned: dict[str, Any], home: Path) -> None:
+    states = turned["states"]
+    if states.get("release.wide") == "success":
+        return
+    failed = [n for n, s in states.items() if s in ("failed", "upstream_failed")]
+    skipped = [n for n, s in states.items() if s == "skipped"]
+    what = f"failed: {', '.join(failed)}" if failed else f"ended before {', '.join(skipped) or 'its end'}"
+    raise StageError(f"{turned['turn']} {what}; logs are in {home / 'airflow' / 'logs'}")
+
+
+def _arrived(fleet: Fleet, store: Store, digest: str, clock: Clock) -> list[RobotReport]:
+    """Wait until every robot reports the digest; their reports."""
+    with clock.part("robots updated"):
+        end = clock.now + ARRIVE_S
+        while True:
+            fleet.poll()
+            robots = [store.get_json(f"fleet/robots/{r}.json", RobotReport) for r in fleet.robots]
+            late = [r.robot for r in robots if r.loaded_digest != digest]
+            if not late:
+                break
+            if clock.now > end:
+                raise ServiceError(f"{', '.join(late)}: still without policy {digest[:12]}")
+            time.sleep(1)
+    clock.say(f"every robot runs [b]{digest[:12]}[/b]")
+    return robots
+
+
+def _fetch(store: Store, digest: str, into: Path) -> Path:
+    into.mkdir(parents=True, exist_ok=True)
+    for name in BUNDLE_FILES:
+        store.get_file(f"bundles/{digest}/{name}", into / name)
+    return into
+
+
+def _measure(base: Path, candidate: Path, clock: Clock) -> dict[str, PairedResult]:
+    """Both policies on the same fresh scenes."""
+    results = {}
+    for shift in ("factory", "lab"):
+        with clock.part(f"evaluation in {shift}"):
+            clock.say(f"{PAIRS} fresh scenes in [b]{shift}[/b], both policies")
+            results[shift] = paired(base, candidate, shift, PAIRS, FRESH_SEED)
+    return results
+
+
+def _table(report: dict[str, Any]) -> None:
+    table = Table(title="Before and after", title_justify="left")
+    for column in ("", "base", "candidate", "difference"):
+        table.add_column(column)
+    for shift, r in report["success"].items():
+        table.add_row(
+            f"success in {shift}",
+            *(_rate(r[k]["success"]) for k in ("base", "candidate")),
+            f"{100 * r['difference']:+.0f} points [{100 * r['low']:+.0f}, {100 * r['high']:+.0f}]",
+        )
+    for shift, r in report["success"].items():
+        table.add_row(
+            f"tracking error in {shift}, rms",
+            *(f"{1e3 * r[k]['tracking_rms_rad']:.2f} mrad" for k in ("base", "candidate")),
+            "",
+        )
+    wall = report["wall_clock"]
+    table.add_row(
+        "deadlines missed", *(f"{wall[k]['misses_ppm']:.0f} ppm" for k in ("base", "candidate")), ""
+    )
+    table.add_row(
+        "wake-up late, p99", *(f"{wall[k]['late']['p99'] / 1e3:.0f} µs" for k in ("base", "candidate")), ""
+    )
+    console.print(table)
+    robots = Table("robot", "digest of the loaded bytes", "attempts", "successes", box=None)
+    for r in report["robots"]:
+        robots.add_row(r["robot"], r["loaded_digest"], str(r["episodes"]), str(r["successes"]))
+    console.print(robots)
+
+
+def _rate(p: dict[str, float]) -> str:
+    return f"{100 * p['mean']:.0f} % [{100 * p['low']:.0f}, {100 * p['high']:.0f}]"

@@ -1,0 +1,147 @@
+"""The records that System 1 and System 2 put into rings, and the chunk that passes between them.
+
+Field names are those of ``flywheel.schema``; the types are wider where that keeps a record in whole words.
+Images and texts have a fixed capacity here and become variable in Parquet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flywheel.edge.link import Records, Ring, aligned
+from flywheel.schema import Bundle
+
+CHUNK_STEPS = 64  # longest action chunk that a slot holds
+INSTRUCTION_BYTES = 256
+DETAIL_BYTES = 1024
+
+# Words 0 … of a chunk record, before q [CHUNK_STEPS, joints] and tool [CHUNK_STEPS] (float64).
+CHUNK_ID, CHUNK_T0, CHUNK_STEP, CHUNK_COUNT, CHUNK_VALID_NS, CHUNK_HEADER = 0, 1, 2, 3, 4, 5
+
+# Words 0 … of a control record, before its float32 part.
+ROW_T, ROW_LATE, ROW_COMPUTE, ROW_CHUNK, ROW_AGE, ROW_MODE, ROW_LIMITS, ROW_HELD, ROW_HEADER = range(9)
+
+
+def chunk_dtype(joints: int) -> np.dtype[np.void]:
+    """A joint-space action chunk: step k is to be reached at ``t0_ns + (k + 1) * step_ns``.
+
+    ``t0_ns`` is when the observation was captured; the chunk goes stale ``valid_ns`` after it.
+    """
+    return aligned(
+        [
+            ("chunk_id", np.int64),
+            ("t0_ns", np.int64),
+            ("step_ns", np.int64),
+            ("steps", np.int64),
+            ("valid_ns", np.int64),
+            ("q", np.float64, (CHUNK_STEPS, joints)),
+            ("tool", np.float64, (CHUNK_STEPS,)),
+        ]
+    )
+
+
+def control_dtype(joints: int) -> np.dtype[np.void]:
+    """``control.parquet`` as System 1 writes it; chunk id and age are -1 before the first chunk."""
+    words = ("t_ns", "late_ns", "compute_ns", "chunk_id", "chunk_age_ns", "mode", "limits", "held")
+    vectors = ("q", "dq", "q_ref", "tau")
+    return aligned(
+        [
+            *((n, np.int64) for n in words),
+            *((n, np.float32, (joints,)) for n in vectors),
+            ("tool_cmd", np.float32),
+        ]
+    )
+
+
+def image_capacity(height: int, width: int) -> int:
+    """Bytes that a JPEG of this size does not exceed (measured: noise at quality 100, 4.3 bytes a pixel)."""
+    return 5 * height * width + 2048
+
+
+def frame_dtype(
+    cameras: Mapping[str, tuple[int, int]], state: int, chunk: int, action: int
+) -> np.dtype[np.void]:
+    """``frames.parquet`` as System 2 writes it; ``cameras`` maps names to (height, width).
+
+    The JPEG of a camera is the first ``size.<camera>`` bytes of ``image.<camera>``.
+    """
+    return aligned(
+        [
+            ("t_ns", np.int64),
+            ("infer_ns", np.int64),
+            ("state", np.float32, (state,)),
+            ("action", np.float32, (action,)),
+            ("chunk", np.float32, (chunk * action,)),
+            ("intervention", np.bool_),
+            ("instruction", f"S{INSTRUCTION_BYTES}"),
+            ("policy_digest", "S64"),
+            *((f"size.{c}", np.int32) for c in cameras),
+            *((f"image.{c}", np.uint8, (image_capacity(*hw),)) for c, hw in cameras.items()),
+        ]
+    )
+
+
+def event_dtype() -> np.dtype[np.void]:
+    """``events.parquet``: texts are UTF-8, ``detail`` a JSON object."""
+    return aligned([("t_ns", np.int64), ("kind", "S16"), ("name", "S64"), ("detail", f"S{DETAIL_BYTES}")])
+
+
+def fill_event(
+    row: Records, t_ns: int, kind: str, name: str, detail: Mapping[str, Any] | None = None
+) -> None:
+    """Fill an event record ``[1]``; a detail that does not fit is replaced by ``{"truncated": true}``."""
+    text = json.dumps(detail or {}, sort_keys=True, ensure_ascii=False).encode()
+    row["t_ns"] = t_ns
+    row["kind"] = clip_text(kind, 16)
+    row["name"] = clip_text(name, 64)
+    row["detail"] = text if len(text) <= DETAIL_BYTES else b'{"truncated": true}'
+
+
+def clip_text(text: str, nbytes: int) -> bytes:
+    """UTF-8 of at most ``nbytes``, cut between characters."""
+    return text.encode()[:nbytes].decode(errors="ignore").encode()
+
+
+class EventLog:
+    """Writes events into a ring. One process, one log: a ring has a single writer."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+        self._row = ring.record()
+
+    def add(self, t_ns: int, kind: str, name: str, detail: Mapping[str, Any] | None = None) -> None:
+        """Append an event; kinds are those of ``schema.EVENTS_SCHEMA``."""
+        fill_event(self._row, t_ns, kind, name, detail)
+        self.ring.push(self._row)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """The three rings that a recorder polls."""
+
+    control: Ring
+    frames: Ring
+    events: Ring
+
+    @classmethod
+    def private(
+        cls,
+        joints: int,
+        cameras: Mapping[str, tuple[int, int]],
+        bundle: Bundle,
+        control_rows: int = 4096,
+        frame_rows: int = 64,
+        event_rows: int = 256,
+    ) -> Rings:
+        """In private memory, for lockstep."""
+        frame = frame_dtype(cameras, len(bundle.state_names), bundle.chunk, len(bundle.action_names))
+        return cls(
+            Ring(control_dtype(joints), control_rows),
+            Ring(frame, frame_rows),
+            Ring(event_dtype(), event_rows),
+        )

@@ -1,0 +1,431 @@
+"""System 1: one tick of the control loop, the same in both clocks.
+
+A tick reads the joints, takes a newer chunk if there is one, checks the envelope, asks the mode machine,
+moves the reference, computes torques, appends a row to the ring and writes the command: one compiled call
+between ``Robot.read`` and ``Robot.write``, over arrays that are allocated once. It takes no lock, makes no
+system call of its own (but for the clock when it runs in real time), logs nothing and raises nothing.
+
+Splicing. A chunk is anchored at its observation, but steps count as done only while System 1 really moved:
+``start = now - executed`` with ``executed`` the time spent following since the observation. From standstill
+nothing was executed, so nothing is skipped, however long inference took. The path starts at the reference
+that was executed, so that a new chunk never makes it jump.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flywheel.edge import tracking
+from flywheel.edge.compiled import compiled
+from flywheel.edge.link import Ring, Seqlock, ring_claim, ring_publish, slot_read
+from flywheel.edge.link import load as load_word
+from flywheel.edge.mode import CARRY_ON, FOLLOW, HOLD, RAMP, STOP_0, STOP_1
+from flywheel.edge.mode import step as mode_step
+from flywheel.edge.realtime import clock_ns
+from flywheel.edge.rows import (
+    CHUNK_COUNT,
+    CHUNK_HEADER,
+    CHUNK_ID,
+    CHUNK_STEP,
+    CHUNK_STEPS,
+    CHUNK_T0,
+    CHUNK_VALID_NS,
+    ROW_AGE,
+    ROW_CHUNK,
+    ROW_COMPUTE,
+    ROW_HEADER,
+    ROW_HELD,
+    ROW_LATE,
+    ROW_LIMITS,
+    ROW_MODE,
+    ROW_T,
+    chunk_dtype,
+    control_dtype,
+)
+from flywheel.edge.safety import (
+    CATEGORY_0,
+    CATEGORY_2,
+    MAX_AGE_NS,
+    PROTECTIVE,
+    VELOCITY,
+    SafetyLimits,
+    admit_waypoints,
+    check_state,
+    check_tool,
+    check_tracking,
+    clamp_torque,
+    stop_category,
+)
+from flywheel.edge.tracking import ACC, POS, VEL
+from flywheel.errors import ConfigError
+from flywheel.robot import JointState, Robot
+from flywheel.schema import Limit, Mode
+
+FloatArray = npt.NDArray[np.float64]
+Words = npt.NDArray[np.int64]
+
+# Words that the supervisor writes and System 1 reads.
+COMMAND, RESET, HEARTBEAT, CONTROL_WORDS = 0, 1, 2, 8
+HEARTBEAT_LIMIT_NS = 2_000_000_000  # a supervisor silent for longer is gone: ramp to rest and hold
+
+# The state between ticks: integers …
+(
+    _MODE,
+    _SINCE,
+    _STREAK,
+    _SEEN,
+    _HAVE,
+    _START,
+    _SPLICE,
+    _FIRST,
+    _MOVING_SINCE,
+    _STARTED,
+    _RESET_SEEN,
+    _LIMITS,
+    _ACCEPTED,
+    _REFUSED,
+    _CLOCK,
+) = range(15)
+_INTS = _CLOCK + 2
+# … and rows of floats, one column a joint; [tool command] is kept in the last row.
+_REF, _WANT, _SPLICED, _CARRY, _TAU, _TOOL, _ROWS = 0, 3, 6, 8, 9, 10, 11
+
+_NOT_FINITE, _TRACKING = int(Limit.NOT_FINITE), int(Limit.TRACKING_ERROR)
+_PROTECTIVE = int(Limit.PROTECTIVE_STOP)
+_CLOCK_SLACK_NS = 5_000_000  # a chunk may seem this much younger than the tick that reads it
+_STEP_NS_MIN, _STEP_NS_MAX = 1_000_000, 10_000_000_000
+
+
+@compiled
+def _waypoints(chunk: Words, joints: int) -> tuple[FloatArray, FloatArray]:
+    """Views of a chunk record: q [CHUNK_STEPS, joints], tool [CHUNK_STEPS]."""
+    floats = chunk[CHUNK_HEADER:].view(np.float64)
+    cut = CHUNK_STEPS * joints
+    return floats[:cut].reshape((CHUNK_STEPS, joints)), floats[cut : cut + CHUNK_STEPS]
+
+
+@compiled
+def _admit(chunk: Words, now: int, table: FloatArray) -> int:
+    """Look over a chunk: limits that acted, negative if it is refused (see ``admit_waypoints``)."""
+    steps = chunk[CHUNK_COUNT]
+    if steps < 1 or steps > CHUNK_STEPS or chunk[CHUNK_T0] > now + _CLOCK_SLACK_NS:
+        return -_NOT_FINITE
+    if not _STEP_NS_MIN <= chunk[CHUNK_STEP] <= _STEP_NS_MAX:
+        return -_NOT_FINITE
+    q, tool = _waypoints(chunk, table.shape[1])
+    return admit_waypoints(q, tool, steps, table)
+
+
+@compiled
+def _take(now: int, slot: Words, chunks: Words, ints: Words, table: FloatArray) -> tuple[bool, int]:
+    """Take a newer chunk from the slot; returns whether there is a good one and the limits that acted."""
+    seen = slot_read(slot, chunks[1], ints[_SEEN])
+    if seen in (ints[_SEEN], -1):
+        return False, 0
+    ints[_SEEN] = seen
+    acted = _admit(chunks[1], now, table)
+    if acted < 0:
+        ints[_REFUSED] += 1
+        ints[_STREAK] = 0
+        return False, -acted
+    for i in range(chunks.shape[1]):  # not chunks[0] = chunks[1]: that costs 5 s more to compile
+        chunks[0, i] = chunks[1, i]
+    ints[_HAVE] = 1
+    ints[_START] = chunks[0, CHUNK_T0]
+    ints[_ACCEPTED] += 1
+    ints[_STREAK] += 1
+    return True, acted
+
+
+@compiled
+def _fresh(now: int, chunk: Words, ints: Words, times: Words) -> bool:
+    """Whether the newest good chunk can be followed now: young enough, and not used up."""
+    if ints[_HAVE] == 0:
+        return False
+    if now - chunk[CHUNK_T0] > min(chunk[CHUNK_VALID_NS], times[MAX_AGE_NS]):
+        return False
+    return bool(now < ints[_START] + chunk[CHUNK_COUNT] * chunk[CHUNK_STEP])
+
+
+@compiled
+def _splice(now: int, was: int, chunk: Words, ints: Words, work: FloatArray) -> None:
+    """Join the newest chunk to the reference executed so far."""
+    if was in (FOLLOW, CARRY_ON):
+        ints[_START] = max(chunk[CHUNK_T0], ints[_MOVING_SINCE])
+    else:
+        ints[_START] = now
+        ints[_MOVING_SINCE] = now
+    ints[_SPLICE] = now
+    ints[_FIRST] = tracking.first_step(now, ints[_START], chunk[CHUNK_STEP], chunk[CHUNK_COUNT])
+    for i in range(work.shape[1]):
+        work[_SPLICED + POS, i] = work[_REF + POS, i]
+        work[_SPLICED + VEL, i] = work[_REF + VEL, i]
+
+
+@compiled
+def _anchor(work: FloatArray, q: FloatArray, dq: FloatArray, table: FloatArray) -> None:
+    """Put the reference where the arm really is, moving as it moves."""
+    for i in range(q.size):
+        most = table[VELOCITY, i]
+        work[_REF + POS, i] = q[i]
+        work[_REF + VEL, i] = min(max(dq[i], -most), most)
+        work[_REF + ACC, i] = 0.0
+
+
+@compiled
+def _rest(work: FloatArray, q: FloatArray) -> None:
+    """Put the reference at ``q``, at rest."""
+    for i in range(q.size):
+        work[_REF + POS, i] = q[i]
+        work[_REF + VEL, i] = 0.0
+        work[_REF + ACC, i] = 0.0
+
+
+@compiled
+def _at_rest(work: FloatArray) -> bool:
+    """Whether the reference stands still."""
+    moving = 0
+    for i in range(work.shape[1]):
+        if work[_REF + VEL, i] != 0.0 or work[_REF + ACC, i] != 0.0:
+            moving += 1
+    return moving == 0
+
+
+@compiled
+def _asked(now: int, flags: int, mode: int, control: Words, times: Words) -> int:
+    """The most severe stop that anything asks for."""
+    stop = stop_category(flags, times[PROTECTIVE])
+    if mode == STOP_1 and flags & _TRACKING:
+        stop = CATEGORY_0  # the controlled stop itself does not work
+    beat = load_word(control, HEARTBEAT)
+    if beat > 0 and now - beat > HEARTBEAT_LIMIT_NS:
+        stop = max(stop, CATEGORY_2)
+    return max(stop, min(max(load_word(control, COMMAND), 0), CATEGORY_0))
+
+
+@compiled
+def _move(
+    now: int, mode: int, was: int, chunk: Words, ints: Words, work: FloatArray, dt: float,
+    gain: FloatArray, table: FloatArray,
+) -> int:  # fmt: skip
+    """Move the reference one tick; returns the limits that acted."""
+    ref = work[_REF : _REF + 3]
+    if mode == FOLLOW:
+        q, tool = _waypoints(chunk, work.shape[1])
+        want = work[_WANT : _WANT + 3]
+        k = tracking.sample(
+            now, q, ints[_START], chunk[CHUNK_STEP], chunk[CHUNK_COUNT],
+            work[_SPLICED : _SPLICED + 2], ints[_SPLICE], ints[_FIRST], want,
+        )  # fmt: skip
+        work[_TOOL, 0] = tool[k]
+        return tracking.follow(ref, want, dt, gain, table)
+    for i in range(work.shape[1]):
+        if mode != CARRY_ON:
+            work[_CARRY, i] = 0.0
+        elif was != CARRY_ON:
+            work[_CARRY, i] = work[_REF + VEL, i]
+    tracking.coast(ref, work[_CARRY], dt, gain, table)
+    return 0
+
+
+@compiled
+def _append(
+    now: int, late: int, compute: int, held: float, q: FloatArray, dq: FloatArray, chunk: Words, ints: Words,
+    work: FloatArray, header: Words, rows: Words,
+) -> None:  # fmt: skip
+    """Append the control row of this tick."""
+    row = rows[ring_claim(header, rows.shape[0])]
+    row[ROW_T] = now
+    row[ROW_LATE] = late
+    row[ROW_COMPUTE] = compute
+    row[ROW_CHUNK] = chunk[CHUNK_ID] if ints[_HAVE] else -1
+    row[ROW_AGE] = now - chunk[CHUNK_T0] if ints[_HAVE] else -1
+    row[ROW_MODE] = ints[_MODE]
+    row[ROW_LIMITS] = ints[_LIMITS]
+    row[ROW_HELD] = 1 if held > 0.5 else 0
+    n = q.size
+    floats = row[ROW_HEADER:].view(np.float32)
+    for i in range(n):
+        floats[i] = q[i]
+        floats[n + i] = dq[i]
+        floats[2 * n + i] = work[_REF + POS, i]
+        floats[3 * n + i] = work[_TAU, i]
+    floats[4 * n] = work[_TOOL, 0]
+    ring_publish(header)
+
+
+@compiled
+def _tick(
+    now: int, late: int, held: float, stop_input: bool, wall: bool, dt: float,
+    q: FloatArray, dq: FloatArray, bias: FloatArray, mass: FloatArray, tool: FloatArray,
+    slot: Words, chunks: Words, ints: Words, work: FloatArray, control: Words,
+    header: Words, rows: Words, table: FloatArray, scalars: FloatArray, times: Words, gain: FloatArray,
+) -> tuple[bool, float]:  # fmt: skip
+    """Everything between reading the joints and writing the command; returns (powered, tool command)."""
+    broken = check_state(q, dq, bias, mass, table, scalars) | check_tool(tool, scalars)
+    sound = broken & _NOT_FINITE == 0
+    if sound and ints[_STARTED] == 0:
+        ints[_STARTED] = 1
+        ints[_SINCE] = now
+        _rest(work, q)
+    was = ints[_MODE]
+    powered = was != STOP_0 and not (was == STOP_1 and _at_rest(work))
+    if sound and powered:
+        broken |= check_tracking(q, work[_REF + POS], scalars)
+    if stop_input:
+        broken |= _PROTECTIVE
+
+    new, acted = _take(now, slot, chunks, ints, table)
+    fresh = _fresh(now, chunks[0], ints, times)
+    if not fresh:
+        ints[_STREAK] = 0
+    resets = load_word(control, RESET)
+    mode = mode_step(
+        was, now - ints[_SINCE], fresh, ints[_STREAK], _at_rest(work),
+        _asked(now, broken, was, control, times), resets != ints[_RESET_SEEN], times,
+    )  # fmt: skip
+    ints[_RESET_SEEN] = resets
+    if mode != was:
+        ints[_SINCE] = now
+        ints[_MODE] = mode
+    if mode == FOLLOW and (new or was != FOLLOW):
+        _splice(now, was, chunks[0], ints, work)
+    if mode == STOP_1 and was != STOP_1 and broken & _TRACKING:
+        _anchor(work, q, dq, table)  # what stands in the way is not pushed any further
+    if mode != STOP_0:
+        acted |= _move(now, mode, was, chunks[0], ints, work, dt, gain, table)
+
+    powered = mode != STOP_0 and not (mode == STOP_1 and _at_rest(work))
+    tau = work[_TAU]
+    if powered:
+        tracking.control(q, dq, work[_REF : _REF + 3], bias, mass, gain, tau)
+        acted |= clamp_torque(tau, table)
+    else:
+        tau[:] = 0.0
+        _rest(work, q if sound else work[_REF + POS])  # a reset starts from where the arm is
+    ints[_LIMITS] = broken | acted
+    compute = clock_ns(ints[_CLOCK : _CLOCK + 2]) - now if wall else 0
+    _append(now, late, compute, held, q, dq, chunks[0], ints, work, header, rows)
+    return powered, work[_TOOL, 0]
+
+
+class System1:
+    """The loop body of one robot, and the state between its ticks.
+
+    ``slot`` holds chunks (``rows.chunk_dtype``), ``ring`` takes control rows (``rows.control_dtype``),
+    ``control`` are the supervisor's words (COMMAND, RESET, HEARTBEAT), all zero in lockstep. ``wall`` says
+    that ``now_ns`` is CLOCK_MONOTONIC, so that compute time can be measured.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        rate_hz: float,
+        slot: Seqlock,
+        ring: Ring,
+        control: Words | None = None,
+        wall: bool = False,
+        gains: FloatArray | None = None,
+    ) -> None:
+        n = robot.joints
+        limits: SafetyLimits = robot.limits
+        if len(limits.joints) != n:
+            raise ValueError(f"{robot.name} has {n} joints, its limits are for {len(limits.joints)}")
+        if abs(robot.rate_hz - rate_hz) > 1e-6 * rate_hz:
+            raise ConfigError(
+                f"edge.control_hz={rate_hz:g}: {robot.name} takes commands at {robot.rate_hz:g} Hz"
+            )
+        if slot.dtype != chunk_dtype(n) or ring.dtype != control_dtype(n):
+            raise ValueError(f"slot and ring must be made for {n} joints (rows.chunk_dtype, control_dtype)")
+        self.robot = robot
+        self.state = JointState(n)
+        self.tau: FloatArray
+        self._ints: Words = np.zeros(_INTS, np.int64)
+        self._work: FloatArray = np.zeros((_ROWS, n))
+        self._control: Words = np.zeros(CONTROL_WORDS, np.int64) if control is None else control
+        self._wall = wall
+        self._dt = 1.0 / rate_hz
+        self._memory: tuple[Any, ...] = (
+            slot.words,
+            np.zeros((2, slot.dtype.itemsize // 8), np.int64),
+            self._ints,
+            self._work,
+            self._control,
+            ring.header,
+            ring.rows,
+        )
+        self._constants: tuple[Any, ...] = (
+            limits.table(),
+            limits.scalars(),
+            limits.times(),
+            tracking.gains() if gains is None else gains,
+        )
+        self.tau = self._work[_TAU]
+        self.reset()
+        self._warm_up()
+
+    def reset(self) -> None:
+        """Forget everything: hold where the arm is found, with no chunk (a new episode)."""
+        seen = self._ints[_SEEN]
+        self._ints[:] = 0
+        self._ints[_SEEN] = seen  # what was in the slot before is not news
+        self._ints[_MODE] = HOLD
+        self._work[:] = 0.0
+        self._stopped = False
+
+    def tick(self, now_ns: int, late_ns: int = 0) -> None:
+        """One period. ``now_ns`` is the time of waking, ``late_ns`` how long after the deadline that was."""
+        # float() and bool(): another type would be compiled anew, for seconds, in the middle of the loop
+        s = self.state
+        robot = self.robot
+        robot.read(s)
+        powered, tool = _tick(
+            now_ns, late_ns, float(s.held), bool(s.stop_input), self._wall, self._dt,
+            s.q, s.dq, s.bias, s.mass, s.tool, *self._memory, *self._constants,
+        )  # fmt: skip
+        if powered:
+            self._stopped = False
+        elif not self._stopped:
+            self._stopped = True
+            robot.stop()
+        robot.write(self.tau, tool)
+
+    @property
+    def mode(self) -> int:
+        """The mode of the last tick (a ``schema.Mode``)."""
+        return int(self._ints[_MODE])
+
+    @property
+    def limits_acted(self) -> Limit:
+        """The limits that acted in the last tick."""
+        return Limit(int(self._ints[_LIMITS]))
+
+    @property
+    def reference(self) -> FloatArray:
+        """The reference executed so far: rows q (rad), dq, ddq; a copy, ``[3, n]``."""
+        return self._work[_REF : _REF + 3].copy()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Chunks taken and refused since the reset."""
+        return {"accepted": int(self._ints[_ACCEPTED]), "refused": int(self._ints[_REFUSED])}
+
+    @property
+    def resting(self) -> bool:
+        """Whether the reference stands still in a mode that keeps it so."""
+        return self.mode >= int(Mode.HOLD) and not np.any(self._work[_REF + VEL : _REF + ACC + 1])
+
+    def _warm_up(self) -> None:
+        """Compile, or load from the cache, before the loop starts; on copies, so that nothing changes."""
+        s = self.state
+        copies = tuple(m.copy() for m in self._memory)
+        _tick(
+            0, 0, s.held, s.stop_input, self._wall, self._dt,
+            s.q, s.dq, s.bias, s.mass, s.tool, *copies, *self._constants,
+        )  # fmt: skip
+
+
+assert RAMP < HOLD  # Mode is ordered by degradation, ``resting`` relies on it

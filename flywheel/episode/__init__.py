@@ -1,0 +1,46 @@
+"""Episodes on disk and in the store: seal, read, verify, list, pull, show.
+
+An episode is a directory of three Parquet files and a ``manifest.json``. The manifest is written last and
+the directory is renamed into place, so that whatever a crash leaves behind is either a whole episode or
+something that no reader takes for one. Once sealed it is never edited.
+"""
+
+from flywheel.episode.checks import Problem, Reason, verify
+from flywheel.episode.plot import show
+from flywheel.episode.sealing import (
+    Episode,
+    UnknownVersion,
+    as_array,
+    count_gaps,
+    fsync_directory,
+    new_episode_id,
+    parse_manifest,
+    read,
+    read_manifest,
+    seal,
+    sweep,
+    write_durably,
+)
+from flywheel.episode.stored import Listed, ls, pull
+
+__all__ = [
+    "Episode",
+    "Listed",
+    "Problem",
+    "Reason",
+    "UnknownVersion",
+    "as_array",
+    "count_gaps",
+    "fsync_directory",
+    "ls",
+    "new_episode_id",
+    "parse_manifest",
+    "pull",
+    "read",
+    "read_manifest",
+    "seal",
+    "show",
+    "sweep",
+    "verify",
+    "write_durably",
+]

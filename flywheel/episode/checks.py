@@ -1,0 +1,164 @@
+"""Is this directory the episode that it says it is? Every doubt has a reason code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flywheel import schema
+from flywheel.episode.sealing import (
+    UnknownVersion,
+    as_array,
+    bad_images,
+    check_schema,
+    count_gaps,
+    due_ns,
+    first_line,
+    read_manifest,
+)
+from flywheel.errors import EpisodeError
+from flywheel.schema import FileEntry, Manifest
+
+_FINITE = {
+    schema.CONTROL_FILE: ("q", "dq", "q_ref", "tau", "tool_cmd"),
+    schema.FRAMES_FILE: ("state", "action", "chunk"),
+}
+
+
+class Reason(StrEnum):
+    """Why an episode is not what it says it is."""
+
+    NO_MANIFEST = "no_manifest"
+    BAD_MANIFEST = "bad_manifest"
+    UNKNOWN_VERSION = "unknown_version"
+    MISSING_FILE = "missing_file"
+    EXTRA_FILE = "extra_file"
+    SHA256 = "sha256"
+    CORRUPT = "corrupt"
+    SCHEMA = "schema"
+    ROWS = "rows"
+    NOT_FINITE = "not_finite"
+    TIME_ORDER = "time_order"
+    WINDOW = "window"
+    IMAGE = "image"
+    GAP = "gap"
+    DROPS = "drops"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong. ``fatal`` ones bar the episode from training; the others are only surfaced."""
+
+    reason: Reason
+    file: str
+    message: str
+    column: str = ""
+    row: int = -1
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message} [{self.reason}]"
+
+
+def verify(directory: Path) -> list[Problem]:
+    """Everything wrong with an episode's directory, fatal problems first; empty for a sound episode.
+
+    Bad input never raises: a missing, truncated, corrupt, forged or malformed file is a ``Problem``.
+    """
+    path = directory / schema.MANIFEST_FILE
+    if not path.is_file():
+        return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")]
+    try:
+        manifest = read_manifest(directory)
+    except EpisodeError as e:
+        reason = Reason.UNKNOWN_VERSION if isinstance(e, UnknownVersion) else Reason.BAD_MANIFEST
+        return [Problem(reason, schema.MANIFEST_FILE, str(e).removeprefix(f"{path}: "))]
+    known = {schema.MANIFEST_FILE, *schema.EPISODE_FILES}
+    problems = [
+        Problem(Reason.EXTRA_FILE, name, "not part of an episode; remove it")
+        for name in sorted(p.name for p in directory.iterdir())
+        if name not in known
+    ]
+    for entry in manifest.files:
+        problems += _verify_file(directory / entry.name, entry, manifest)
+    if n := manifest.drops:
+        text = f"{n} rows were lost while recording"
+        problems.append(Problem(Reason.DROPS, schema.MANIFEST_FILE, text, fatal=False))
+    return sorted(problems, key=lambda p: not p.fatal)
+
+
+def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Problem]:
+    name = entry.name
+    try:
+        size, digest = path.stat().st_size, schema.sha256_file(path)
+    except OSError as e:
+        return [Problem(Reason.MISSING_FILE, name, f"the manifest lists it, but: {e.strerror}")]
+    problems = []
+    if (size, digest) != (entry.bytes, entry.sha256):
+        found, listed = f"{digest[:12]}… of {size} bytes", f"{entry.sha256[:12]}… of {entry.bytes}"
+        text = f"sha256 is {found}, the manifest says {listed}"
+        problems.append(Problem(Reason.SHA256, name, text))
+    try:
+        with path.open("rb") as f:
+            file = pq.ParquetFile(f, page_checksum_verification=True)
+            # The footer first: a forged one must not make us inflate what the manifest does not admit.
+            rows = file.metadata.num_rows
+            if rows != entry.rows:
+                text = f"{rows} rows, but the manifest says {entry.rows}"
+                return [*problems, Problem(Reason.ROWS, name, text)]
+            check_schema(name, file.schema_arrow, manifest)
+            table = file.read()
+            table.validate(full=True)
+    except EpisodeError as e:
+        return [*problems, Problem(Reason.SCHEMA, name, str(e).removeprefix(f"{name}: "))]
+    except (pa.ArrowException, OSError, ValueError) as e:
+        return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
+    return problems + _verify_values(name, table, manifest)
+
+
+def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Problem]:
+    problems = []
+    for field in table.schema.names:
+        if table.column(field).null_count:
+            return [Problem(Reason.SCHEMA, name, f"{field} has nulls", field)]
+    for column in _FINITE.get(name, ()):
+        values = as_array(table, column)
+        bad = ~np.isfinite(values if values.ndim > 1 else values[:, None]).all(axis=1)
+        if bad.any():
+            row = int(np.argmax(bad))
+            text = f"{column} is NaN or infinite in {int(bad.sum())} rows, first in row {row}"
+            problems.append(Problem(Reason.NOT_FINITE, name, text, column, row))
+    t = as_array(table, "t_ns")
+    # Rows are ticks of one loop and so strictly in order; events come from several processes and may tie.
+    backwards = np.diff(t) < (0 if name == schema.EVENTS_FILE else 1)
+    if backwards.any():
+        row = int(np.argmax(backwards)) + 1
+        text = f"t_ns does not increase in row {row}: {t[row]} after {t[row - 1]}"
+        problems.append(Problem(Reason.TIME_ORDER, name, text, "t_ns", row))
+    low, high = manifest.window_ns
+    # The end of an attempt is an event of the instant at which the next one may begin.
+    outside = (t < low) | (t > high if name == schema.EVENTS_FILE else t >= high)
+    if outside.any():
+        row = int(np.argmax(outside))
+        text = f"t_ns {t[row]} in row {row} is outside of the window [{low}, {high})"
+        problems.append(Problem(Reason.WINDOW, name, text, "t_ns", row))
+    if name == schema.EVENTS_FILE:
+        return problems
+    rate = manifest.control_hz if name == schema.CONTROL_FILE else manifest.policy_hz
+    if n := count_gaps(table, rate):
+        steps = np.diff(due_ns(table))
+        row = int(np.argmax(steps)) + 1
+        text = f"{n} gaps, the longest of {steps[row - 1] / 1e6:.1f} ms before row {row}"
+        # A gap that the manifest counts is a fact of the recording; one that it does not is a forgery.
+        problems.append(Problem(Reason.GAP, name, text, "t_ns", row, fatal=n > manifest.gaps))
+    if name == schema.FRAMES_FILE:
+        for row, camera in bad_images(table, manifest.cameras):
+            text = f"image.{camera} is no whole JPEG in row {row}"
+            problems.append(Problem(Reason.IMAGE, name, text, f"image.{camera}", row))
+            break
+    return problems

@@ -1,0 +1,178 @@
+"""The twin as a robot: one object for lockstep, two halves in two processes on the wall clock.
+
+On the wall clock System 1's process owns the physics (``TwinRobot``) and publishes the world in a seqlock
+slot; System 2's process renders it (``TwinPerception``). A slow renderer never holds up a tick.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flywheel.edge.compiled import compiled
+from flywheel.edge.link import Records, Seqlock, aligned
+from flywheel.edge.safety import SafetyLimits
+from flywheel.robot import FloatArray, JointState, Observation
+from flywheel.twin.cell import JOINTS, STEP_NS, Cell
+from flywheel.twin.kinematics import inverse
+from flywheel.twin.sampling import state_of
+from flywheel.twin.shift import shift as named_shift
+
+LIMITS_FILE = Path(__file__).parent.parent / "twin" / "limits.yaml"
+POLICY_CAMERAS = ("wrist",)
+ALL_CAMERAS = ("wrist", "scene")
+
+
+def world_dtype(cell: Cell) -> np.dtype[np.void]:
+    """What System 2's process must know to see the same world."""
+    return aligned(
+        [
+            ("t_ns", np.int64),
+            ("held", np.int64),
+            ("done", np.int64),
+            ("qpos", np.float64, (cell.qpos.size,)),
+        ]
+    )
+
+
+@compiled
+def _read(
+    q: FloatArray, dq: FloatArray, bias: FloatArray, damping: FloatArray, cup: FloatArray, before: FloatArray,
+    out_q: FloatArray, out_dq: FloatArray, out_bias: FloatArray, tool: FloatArray,
+) -> None:  # fmt: skip
+    """Copy the joints; viscous friction counts as bias; tool speed from the last millisecond."""
+    square = 0.0
+    for i in range(3):
+        square += (cup[i] - before[i]) ** 2
+        tool[i] = cup[i]
+        before[i] = cup[i]
+    tool[3] = np.sqrt(square) * 1e3
+    for i in range(q.size):
+        out_q[i] = q[i]
+        out_dq[i] = dq[i]
+        out_bias[i] = bias[i] + damping[i] * dq[i]
+
+
+class TwinPerception:
+    """System 2's view of a cell: images, state, and the arm's inverse kinematics.
+
+    With ``world``, the cell's own physics does not run: what the slot says is rendered.
+    """
+
+    def __init__(
+        self, cell: Cell, cameras: tuple[str, ...] = POLICY_CAMERAS, world: Seqlock | None = None
+    ) -> None:
+        self.cell = cell
+        self.cameras = cameras
+        self._world = world
+        self._seen: Records | None = None if world is None else world.record()
+        self._sequence = 0
+
+    def observe(self) -> Observation:
+        """Capture now."""
+        cell = self.cell
+        t_ns = cell.ticks * STEP_NS
+        if self._world is not None and self._seen is not None:
+            got = self._world.read(self._seen, self._sequence)
+            self._sequence = got if got > 0 else self._sequence
+            t_ns = int(self._seen["t_ns"][0])
+            cell.mirror(self._seen["qpos"][0], int(self._seen["held"][0]))
+        images = {c: cell.render(c) for c in self.cameras}
+        return Observation(t_ns, images, state_of(cell), cell.q.copy())
+
+    def to_joint_chunk(self, actions: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Tool targets ``[T, 4]`` to joint waypoints ``[T, 5]``, rad (NaN out of reach), suction ``[T]``."""
+        del q  # the arm has one posture for a tool position
+        return inverse(actions[:, :3]), np.clip(actions[:, 3], 0.0, 1.0)
+
+
+class TwinRobot(TwinPerception):
+    """A cell under torque control. ``write`` advances its physics by one millisecond."""
+
+    name = "flywheel-arm"
+    joints = JOINTS
+    rate_hz = 1e9 / STEP_NS
+
+    def __init__(
+        self,
+        cell: Cell,
+        cameras: tuple[str, ...] = POLICY_CAMERAS,
+        limits: SafetyLimits | None = None,
+        publish: Seqlock | None = None,
+    ) -> None:
+        super().__init__(cell, cameras)
+        self.limits = SafetyLimits.load(LIMITS_FILE) if limits is None else limits
+        self._publish = publish
+        self._record: Records | None = None if publish is None else publish.record()
+        self._powered = True
+        self._cup: FloatArray = cell.data.site_xpos[cell.model.site("cup").id]
+        self._before = self._cup.copy()
+        self._off = np.zeros(JOINTS)
+
+    def reset(self, seed: int, target: str | None = None) -> None:
+        """A new scene, with power on."""
+        self.cell.reset(seed, target)
+        self._before[:] = self._cup
+        self._powered = True
+
+    def read(self, out: JointState) -> None:
+        """Fill ``out`` in place; inertia and bias are those of the last step."""
+        cell = self.cell
+        out.t_ns = cell.ticks * STEP_NS
+        _read(
+            cell.q,
+            cell.dq,
+            cell.bias,
+            cell.damping,
+            self._cup,
+            self._before,
+            out.q,
+            out.dq,
+            out.bias,
+            out.tool,
+        )
+        cell.mass_matrix(out.mass)
+        out.held = 1.0 if cell.held >= 0 else 0.0
+
+    def write(self, tau: FloatArray, tool: float) -> None:
+        """Step the physics; without power the joints' friction alone brakes the arm."""
+        cell = self.cell
+        cell.step(tau if self._powered else self._off, tool)
+        self.tell()
+
+    def tell(self) -> None:
+        """On the wall clock: publish the world as it is now, on the clock that System 1 lives by."""
+        if self._publish is not None and self._record is not None:
+            cell, r = self.cell, self._record
+            r["t_ns"] = time.monotonic_ns()
+            r["held"] = cell.held
+            r["done"] = cell.success
+            r["qpos"][0] = cell.qpos
+            self._publish.write(r)
+
+    def power_on(self) -> None:
+        """After a stop that a person has acknowledged."""
+        self._powered = True
+
+    def stop(self) -> None:
+        """Category 0: torque off."""
+        self._powered = False
+
+
+def wall_robot(args: dict[str, Any], world: memoryview) -> TwinRobot:
+    """System 1's half on the wall clock (``Plan.robot``); ``args``: shift, seed."""
+    cell = Cell(named_shift(args["shift"]))
+    robot = TwinRobot(cell, publish=Seqlock(world_dtype(cell), world))
+    robot.reset(args["seed"])
+    robot.tell()
+    return robot
+
+
+def wall_perception(args: dict[str, Any], world: memoryview) -> TwinPerception:
+    """System 2's half on the wall clock (``Plan.perception``): the same scene, rendered from the slot."""
+    cell = Cell(named_shift(args["shift"]))
+    cell.reset(args["seed"])
+    return TwinPerception(cell, ALL_CAMERAS, Seqlock(world_dtype(cell), world))

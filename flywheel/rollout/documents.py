@@ -1,0 +1,153 @@
+"""What a rollout's log holds. The robots read a part of it (``schema.Assignment``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flywheel.config import RolloutSettings
+from flywheel.schema import (
+    DIGEST,
+    EVERYONE,
+    ROLLOUT_ID,
+    CanaryEvidence,
+    Check,
+    Release,
+    RobotReport,
+    RolloutStage,
+    ShadowReport,
+    Strict,
+    Verdict,
+    sha256_bytes,
+)
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Tail(Strict):
+    """A tail figure over the batches of one policy: moments of its logarithm (``stats.Moments``)."""
+
+    n: Natural = 0
+    mean: float = 0.0
+    var: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Arm(Strict):
+    """How one policy did: the candidate, or the one that it would replace."""
+
+    robots: Natural = 0
+    episodes: Natural = 0
+    successes: Natural = 0
+    invalid: Natural = 0
+    tracking: Tail = Tail()  # p99 of joint errors, rad
+    misses: Tail = Tail()  # missed deadlines, ppm
+    late: Tail = Tail()  # p99 of lateness, ns
+
+
+class Heard(Strict):
+    """What a set of robots says of itself: the cohort, or the whole fleet."""
+
+    known: Natural = 0
+    fresh: Natural = 0  # heard of within settings.silence_s
+    loaded: Natural = 0  # of the fresh: runs the candidate's bytes, past their trial
+    foreign: Natural = 0  # of the fresh: runs neither the candidate nor what it would replace
+    refused: Natural = 0  # tried the candidate and gave it back
+
+
+class Compared(Strict):
+    """The cohort's shadow reports, summed up."""
+
+    robots: Natural = 0
+    episodes: Natural = 0
+    chunks: Natural = 0
+    invalid: Natural = 0
+    rms_difference: Annotated[float, Field(ge=0)] = 0.0
+    infer_p99_ns: Natural = 0  # of the slowest robot
+
+
+class Evidence(Strict):
+    """All that a decision is made of, besides the state, the approvals and the time."""
+
+    gate_digest: str = ""  # of the gate report as it lies in the store now; "" if it is gone
+    gate_objection: str = ""  # why that report does not speak for this candidate any more
+    superseded_by: str = ""  # another rollout that holds the canary line
+    cohort: Heard = Heard()
+    fleet: Heard = Heard()
+    shadow: Compared = Compared()
+    candidate: Arm = Arm()
+    current: Arm = Arm()
+    inputs_sha256: str = ""  # of ``rollouts/<id>/inputs/<sha256>.json``: every document behind the figures
+
+
+class Inputs(Strict):
+    """``rollouts/<id>/inputs/<sha256>.json``: the documents behind an ``Evidence``, as they were read."""
+
+    schema_version: Literal[1] = 1
+    robots: tuple[RobotReport, ...]
+    shadow: tuple[ShadowReport, ...]
+    batches: tuple[CanaryEvidence, ...]
+    ignored: tuple[str, ...]  # keys of documents that were not understood, and why
+
+
+class Approval(Strict):
+    """``rollouts/<id>/approvals/<sha256>.json``: a person's word about one candidate and one gate report."""
+
+    schema_version: Literal[1] = 1
+    rollout_id: str = Field(pattern=ROLLOUT_ID)
+    bundle_digest: str = Field(pattern=DIGEST)
+    gate_digest: str = Field(pattern=DIGEST)
+    state_n: int = Field(ge=1)  # the version of the state that the person saw
+    decision: Verdict
+    by: str = Field(min_length=1, max_length=200)
+    reason: Annotated[str, Field(max_length=2000)] = ""
+    t_unix_ns: int = Field(ge=0)
+
+    @property
+    def digest(self) -> str:
+        """What a release names it by."""
+        return sha256_bytes(self.to_bytes())
+
+
+class RolloutState(Strict):
+    """``rollouts/<id>/<n>.json``: one decision, with its evidence. Never changed; the highest ``n`` holds."""
+
+    schema_version: Literal[1] = 1
+    rollout_id: str = Field(pattern=ROLLOUT_ID)
+    n: int = Field(ge=1)
+    t_unix_ns: int = Field(ge=0)
+    stage: RolloutStage
+    reason: str
+    since_n: int = Field(ge=1)  # version at which the stage began
+    since_unix_ns: int = Field(ge=0)
+    bundle_digest: str = Field(pattern=DIGEST)
+    gate_digest: str = Field(pattern=DIGEST)
+    cohort_below: int = Field(ge=0, le=EVERYONE)
+    previous: Release  # what the fleet returns to
+    settings: RolloutSettings  # as they were when it started
+    git_rev: str = ""
+    experiment: str = ""
+    minimum_runtime: str = "0.1.0"
+    tests: Natural = 0  # comparisons of success rates made so far
+    tested_episodes: Natural = 0  # episodes of both arms in the last of them
+    last_test: Check | None = None
+    wide_from: Natural = 0  # the candidate's episodes when it went wide
+    approved_by: tuple[str, ...] = ()
+    approval_digest: str = ""
+    checks: tuple[Check, ...] = ()
+    evidence: Evidence | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Where the rollout lies in the store."""
+        return f"rollouts/{self.rollout_id}"
+
+    @property
+    def over(self) -> bool:
+        """Whether looks change nothing any more (a person may still roll back)."""
+        return self.stage in (RolloutStage.DONE, RolloutStage.HELD, RolloutStage.ROLLED_BACK)
+
+
+def rollout_id(bundle_digest: str, gate_digest: str) -> str:
+    """A rollout is named by what it brings and what speaks for it; either one changed is another rollout."""
+    return f"{bundle_digest[:12]}-{gate_digest[:12]}"

@@ -1,0 +1,187 @@
+"""What the robots reported, read from the store and summed up.
+
+A document that is not understood, that lies under another name than its own, or that speaks of another
+policy counts for nothing, and is listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pydantic import BaseModel, ValidationError
+
+from flywheel import stats
+from flywheel.errors import IntegrityError, NotFound, StageError
+from flywheel.rollout.documents import (
+    Approval,
+    Arm,
+    Compared,
+    Evidence,
+    Heard,
+    Inputs,
+    RolloutState,
+    Tail,
+)
+from flywheel.schema import (
+    CanaryEvidence,
+    GateReport,
+    RobotReport,
+    RolloutStage,
+    ShadowReport,
+    cohort_draw,
+    sha256_bytes,
+)
+from flywheel.store import Store
+
+READERS = 8
+# Below these, differences do not matter, so they neither speak for nor against a policy (assumptions, but
+# for the misses: a stock kernel under load was measured at 200 to 1450 ppm).
+TRACKING_FLOOR_RAD = 0.05
+MISSES_FLOOR_PPM = 2000.0
+LATE_FLOOR_NS = 1e6
+
+
+def read_documents[M: BaseModel](
+    store: Store, prefix: str, kind: type[M], key_of: Callable[[M], str]
+) -> tuple[list[M], list[str]]:
+    """Every document under a prefix, in key order, and what was ignored and why."""
+
+    def read(key: str) -> M | str | None:
+        try:
+            found = kind.model_validate_json(store.get(key))
+        except NotFound:
+            return None  # removed since it was listed
+        except (ValidationError, IntegrityError) as e:
+            why = e.errors()[0]["msg"] if isinstance(e, ValidationError) else "damaged"
+            return f"{key}: {why}"
+        return found if key_of(found) == key else f"{key}: says that it is {key_of(found)}"
+
+    keys = [i.key for i in store.list(prefix)]
+    with ThreadPoolExecutor(READERS) as pool:
+        results = list(pool.map(read, keys))
+    ignored = [r for r in results if isinstance(r, str)]
+    return [r for r in results if isinstance(r, kind)], ignored
+
+
+def read_robots(store: Store) -> tuple[list[RobotReport], list[str]]:
+    """What every robot last said of itself. A retired one counts as silent until its report is deleted."""
+    return read_documents(store, "fleet/robots/", RobotReport, lambda r: f"fleet/robots/{r.robot}.json")
+
+
+def read_inputs(store: Store, state: RolloutState) -> Inputs:
+    """Every document that bears on a rollout."""
+    robots, bad_robots = read_robots(store)
+    shadow, bad_shadow = read_documents(store, f"{state.prefix}/shadow/", ShadowReport, lambda d: d.key)
+    batches, bad_batches = read_documents(store, f"{state.prefix}/evidence/", CanaryEvidence, lambda d: d.key)
+    return Inputs(
+        robots=tuple(robots),
+        shadow=tuple(shadow),
+        batches=tuple(batches),
+        ignored=tuple(sorted((*bad_robots, *bad_shadow, *bad_batches))),
+    )
+
+
+def read_approvals(store: Store, state: RolloutState) -> list[Approval]:
+    """Every approval of a rollout that is what its name says."""
+    prefix = f"{state.prefix}/approvals"
+    found, _ = read_documents(store, f"{prefix}/", Approval, lambda a: f"{prefix}/{a.digest}.json")
+    return found
+
+
+def read_gate(store: Store, gate_digest: str) -> GateReport | None:
+    """The gate report of a digest; None if it is gone, damaged or another one."""
+    try:
+        return GateReport.model_validate_json(store.get(f"gates/{gate_digest}.json", gate_digest))
+    except (NotFound, IntegrityError, ValidationError):
+        return None
+
+
+def sum_up(
+    state: RolloutState,
+    inputs: Inputs,
+    gate: GateReport | None,
+    stable_digest: str,
+    superseded_by: str,
+    now_unix_ns: int,
+) -> Evidence:
+    """The evidence that a decision is made of. Pure."""
+    cohort = {r.robot for r in inputs.robots if _in_cohort(state, r.robot)}
+    candidate, current = state.bundle_digest, state.previous.digest
+    wide = state.stage is RolloutStage.WIDE
+    objection = "it is gone" if gate is None else gate.objection(candidate, stable_digest) or ""
+    return Evidence(
+        gate_digest=sha256_bytes(gate.to_bytes()) if gate is not None else "",
+        gate_objection=objection,
+        superseded_by=superseded_by,
+        cohort=_heard(state, (r for r in inputs.robots if r.robot in cohort), now_unix_ns),
+        fleet=_heard(state, inputs.robots, now_unix_ns),
+        shadow=_compared([s for s in inputs.shadow if s.robot in cohort and s.digest == candidate]),
+        candidate=_arm([b for b in inputs.batches if b.digest == candidate and (wide or b.robot in cohort)]),
+        current=_arm([b for b in inputs.batches if b.digest == current]),
+        inputs_sha256=sha256_bytes(inputs.to_bytes()),
+    )
+
+
+def cohort_limit(rollout_id: str, robots: Iterable[str], fraction: float) -> int:
+    """The bound on draws that lets the given share of robots in, rounded up, and leaves at least one out.
+
+    Raises ``StageError`` if there is no robot.
+    """
+    draws = sorted(cohort_draw(rollout_id, r) for r in set(robots))
+    if not draws:
+        raise StageError(
+            "no robot has reported (fleet/robots/): a rollout needs a cohort; start robots first"
+        )
+    size = max(1, min(math.ceil(fraction * len(draws) - 1e-9), max(1, len(draws) - 1)))
+    return draws[size - 1] + 1
+
+
+def _in_cohort(state: RolloutState, robot: str) -> bool:
+    return cohort_draw(state.rollout_id, robot) < state.cohort_below
+
+
+def _heard(state: RolloutState, robots: Iterable[RobotReport], now_unix_ns: int) -> Heard:
+    every = list(robots)
+    oldest = now_unix_ns - round(state.settings.silence_s * 1e9)
+    fresh = [r for r in every if r.t_unix_ns >= oldest]
+    candidate, current = state.bundle_digest, state.previous.digest
+    return Heard(
+        known=len(every),
+        fresh=len(fresh),
+        loaded=sum(r.loaded_digest == candidate and r.confirmed for r in fresh),
+        foreign=sum(bool(r.loaded_digest) and r.loaded_digest not in (candidate, current) for r in fresh),
+        refused=sum(r.refused_digest == candidate and r.loaded_digest != candidate for r in every),
+    )
+
+
+def _compared(reports: Sequence[ShadowReport]) -> Compared:
+    chunks = sum(r.chunks for r in reports)
+    square = sum(r.chunks * r.rms_difference**2 for r in reports)
+    return Compared(
+        robots=sum(r.chunks > 0 for r in reports),
+        episodes=sum(r.episodes for r in reports),
+        chunks=chunks,
+        invalid=sum(r.invalid for r in reports),
+        rms_difference=math.sqrt(square / chunks) if chunks else 0.0,
+        infer_p99_ns=max((r.infer_p99_ns for r in reports), default=0),
+    )
+
+
+def _arm(batches: Sequence[CanaryEvidence]) -> Arm:
+    ran = [b for b in batches if b.ticks]
+    return Arm(
+        robots=len({b.robot for b in batches}),
+        episodes=sum(b.episodes for b in batches),
+        successes=sum(b.successes for b in batches),
+        invalid=sum(b.invalid for b in batches),
+        tracking=_tail((b.tracking_p99_rad for b in ran), TRACKING_FLOOR_RAD),
+        misses=_tail((1e6 * b.misses / b.ticks for b in ran), MISSES_FLOOR_PPM),
+        late=_tail((b.late_p99_ns for b in ran), LATE_FLOOR_NS),
+    )
+
+
+def _tail(values: Iterator[float], floor: float) -> Tail:
+    m = stats.log_moments(list(values), floor)
+    return Tail(n=m.n, mean=m.mean, var=m.var)

@@ -1,0 +1,60 @@
+"""Real parts for the integration tests: one object store for the whole run, a fresh prefix for each test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from flywheel import services
+from flywheel.services.process import free_port
+from flywheel.store import EmbeddedStore, Store, embedded_store
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """A running Ceph RGW: endpoint and keys. Started by the first test that asks, stopped at the end.
+
+    Its watchdog stops it even if the test run is killed.
+    """
+    home = tmp_path_factory.mktemp("rgw")
+    with services.session(home, with_airflow=False):
+        running = embedded_store(home)
+        assert running is not None
+        yield running
+
+
+@pytest.fixture
+def store(rgw: EmbeddedStore) -> Store:
+    """The real store, under a prefix that nothing else uses."""
+    return Store(
+        f"s3://{rgw.bucket}/test-{uuid.uuid4().hex}",
+        rgw.endpoint,
+        access_key=rgw.access_key,
+        secret_key=rgw.secret_key,
+        region=rgw.region,
+    )
+
+
+@pytest.fixture
+def store_env(rgw: EmbeddedStore, store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """``store`` as environment variables, set for this process and returned for children."""
+    env = {
+        "FLYWHEEL_STORE": f"s3://{store.bucket}/{store.prefix}".rstrip("/"),
+        "AWS_ENDPOINT_URL": rgw.endpoint,
+        "AWS_ACCESS_KEY_ID": rgw.access_key,
+        "AWS_SECRET_ACCESS_KEY": rgw.secret_key,
+        "AWS_DEFAULT_REGION": rgw.region,
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env
+
+
+@pytest.fixture
+def free_endpoint() -> str:
+    """An address on this machine where nothing listens: a store that is down."""
+    return f"http://127.0.0.1:{free_port(set())}"

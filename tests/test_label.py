@@ -1,0 +1,163 @@
+"""Labels: each way to fail is recognised, contradictions ask for a person, damaged episodes stop nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flywheel.config import LabelSettings
+from flywheel.episode import read
+from flywheel.errors import StageError
+from flywheel.label import Cause, FailureMode, Label, label, label_episode
+from flywheel.label.functions import FUNCTIONS, Vote, tally
+from flywheel.label.signals import intervals
+from flywheel.schema import FRAMES_FILE, Outcome, Trigger, TriggerKind
+from tests.attempts import CORRECTED, KINDS, POLICY_NS, attempt, flip, truncate
+
+SETTINGS = LabelSettings()
+
+
+def labelled(directory: Path) -> Label:
+    return label_episode(read(directory), SETTINGS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [*KINDS, "success"])
+def test_each_way_to_fail_is_recognised(tmp_path: Path, kind: str, seed: int) -> None:
+    x = labelled(attempt(tmp_path, kind, seed))
+    assert x.failure_mode.value == ("none" if kind == "success" else kind), x.votes
+    assert not x.needs_review
+
+
+@pytest.mark.parametrize(
+    ("kind", "phase"),
+    [
+        ("never_reached", "approach"),
+        ("missed_grasp", "grasp"),
+        ("wrong_object", "carry"),
+        ("dropped", "place"),
+        ("timed_out_carrying", "carry"),
+        ("success", ""),
+    ],
+)
+def test_the_phase_is_where_the_attempt_broke(tmp_path: Path, kind: str, phase: str) -> None:
+    assert labelled(attempt(tmp_path, kind)).phase == phase
+
+
+@pytest.mark.parametrize("kind", ["never_reached", "missed_grasp", "timed_out_carrying", "dropped"])
+def test_failure_is_recognised_without_an_operator(tmp_path: Path, kind: str) -> None:
+    x = labelled(attempt(tmp_path, kind, corrected=False))
+    assert x.failure_mode.value == kind
+    assert x.signals.interventions == ()
+
+
+@pytest.mark.parametrize("kind", CORRECTED)
+def test_intervention_is_the_operators_stretch_to_its_last_frame(tmp_path: Path, kind: str) -> None:
+    directory = attempt(tmp_path, kind)
+    frames = read(directory).frames
+    mine = np.flatnonzero(frames.column("intervention").to_numpy())
+    ((start, end),) = labelled(directory).signals.interventions
+    assert start == mine[0] * POLICY_NS
+    assert end == (mine[-1] + 1) * POLICY_NS
+
+
+def test_two_interventions_are_two_segments() -> None:
+    t = np.arange(6, dtype=np.int64) * 10
+    flags = np.array([False, True, True, False, True, False])
+    assert intervals(flags, t, 10) == [(10, 30), (40, 50)]
+    assert intervals(np.array([True] * 6), t, 10) == [(0, 60)]
+    assert intervals(np.zeros(6, bool), t, 10) == []
+
+
+def test_contradicting_evidence_asks_for_a_person(tmp_path: Path) -> None:
+    # The cell says that the wrong box was taken, the recorder that the right one was dropped.
+    trigger = Trigger(kind=TriggerKind.DROPPED_OBJECT, t_ns=12 * POLICY_NS)
+    sure = labelled(attempt(tmp_path / "a", "never_reached", outcome=Outcome.WRONG_OBJECT))
+    torn = labelled(
+        attempt(tmp_path / "b", "never_reached", outcome=Outcome.WRONG_OBJECT, triggers=(trigger,))
+    )
+    assert torn.confidence < sure.confidence
+    assert torn.needs_review
+    assert len({v.mode for v in torn.votes}) > 1
+
+
+def test_a_bar_that_is_higher_sends_more_to_review(tmp_path: Path) -> None:
+    e = read(attempt(tmp_path, "never_reached"))
+    assert not label_episode(e, LabelSettings(min_confidence=0.5)).needs_review
+    assert label_episode(e, LabelSettings(min_confidence=0.99)).needs_review
+
+
+votes = st.lists(
+    st.builds(Vote, st.sampled_from(["a", "b", "c"]), st.sampled_from(FailureMode), st.floats(0.1, 1.0)),
+    max_size=8,
+)
+
+
+@given(votes, st.sampled_from(FailureMode))
+def test_confidence_is_a_fraction_and_another_agreeing_witness_never_lowers_it(
+    found: list[Vote], extra: FailureMode
+) -> None:
+    mode, confidence = tally(found)
+    assert 0.0 <= confidence < 1.0
+    if found:
+        assert tally([*found, Vote("more", mode, 1.0)])[1] > confidence
+    again, _ = tally([*found, Vote("more", extra, 0.5)])
+    assert again in {mode, extra}
+
+
+def test_no_single_function_decides_alone() -> None:
+    for function, weight in FUNCTIONS:
+        _, confidence = tally([Vote(function.__name__, FailureMode.DROPPED, weight)])
+        assert confidence < 0.7
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("missed_grasp", Cause.DISTRIBUTION_SHIFT),
+        ("safety_stop", Cause.SAFETY),
+        ("tracking", Cause.HARDWARE),
+        ("success", Cause.NONE),
+    ],
+)
+def test_cause_follows_the_evidence(tmp_path: Path, kind: str, cause: Cause) -> None:
+    x = labelled(attempt(tmp_path, kind))
+    assert x.cause is cause
+    assert x.cause_why
+
+
+def test_stage_labels_the_sound_and_names_the_damaged(tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    for i, kind in enumerate(KINDS):
+        attempt(inbox, kind, seed=i)
+    cut, flipped = attempt(inbox, "dropped", seed=50), attempt(inbox, "dropped", seed=51)
+    truncate(cut)
+    flip(flipped)
+    nan = attempt(inbox, "dropped", seed=52, edit=lambda c: c["state"].__setitem__((3, 1), np.nan))
+    (inbox / "empty").mkdir()
+    seen: list[tuple[int, int]] = []
+    result = label(inbox, tmp_path / "out", SETTINGS, lambda what, done, of: seen.append((done, of)))
+    assert result.episodes == len(KINDS)
+    assert set(result.unreadable) == {cut.name, flipped.name, nan.name, "empty"}
+    assert result.failure_modes == dict.fromkeys(sorted(KINDS), 1)
+    assert seen[-1] == (len(KINDS) + 4, len(KINDS) + 4)
+    rows = pq.read_table(tmp_path / "out" / "labels.parquet").to_pylist()
+    assert [r["episode_id"] for r in rows] == sorted(r["episode_id"] for r in rows)
+    assert all(json.loads(r["votes"]) for r in rows)
+    again = label(inbox, tmp_path / "again", SETTINGS)
+    assert again == result
+    assert (inbox / cut.name / FRAMES_FILE).exists()
+
+
+def test_nothing_to_label_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no such directory"):
+        label(tmp_path / "absent", tmp_path / "out", SETTINGS)
+    (tmp_path / "in" / "broken").mkdir(parents=True)
+    with pytest.raises(StageError, match="none of 1 episodes"):
+        label(tmp_path / "in", tmp_path / "out", SETTINGS)

@@ -1,0 +1,594 @@
+"""Attacks on releases and publishers that die or race: each refused, or recovered from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
+
+from flywheel.edge.updater import Action
+from flywheel.errors import BundleError, ConfigError, ReleaseError
+from flywheel.release import Publisher
+from flywheel.schema import BUNDLE_FILES, Group, Release, bundle_digest
+from tests.bucket import Bucket, BucketStore, Killed
+from tests.deliveries import make_bundle, robot, stable, warm_up
+
+TIMESTAMP = "releases/metadata/timestamp.json"
+
+
+@dataclass
+class Site:
+    """A repository with a base policy that a robot runs, and a new policy to come."""
+
+    root: Path
+    store: BucketStore
+    publisher: Publisher
+    base: Path
+    new: Path
+
+    @property
+    def server(self) -> Bucket:
+        return self.store.server
+
+    def blob(self, group: str = "stable", name: str = "policy.onnx") -> str:
+        """Key of the newest blob of a file (the one that the base policy does not have)."""
+        suffix = f".{name}"
+        old = {k for k in self.before if k.endswith(suffix)}
+        new = [
+            k
+            for k in self.server.objects
+            if k.startswith(f"releases/targets/{group}/") and k.endswith(suffix)
+        ]
+        return next(k for k in new if k not in old)
+
+    def __post_init__(self) -> None:
+        self.before = set(self.server.objects)
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes die here, machines do not: no need to wait for the disk."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    root = tmp_path_factory.mktemp("template")
+    store = BucketStore()
+    publisher = Publisher(store, root / "keys")
+    publisher.init()
+    base, new = make_bundle(root, "base"), make_bundle(root, "new")
+    publisher.publish_first(base)
+    with robot(root, store, publisher) as r:
+        assert r.poll(warm_up).action is Action.SWAPPED
+        r.confirm()
+    return Site(root, store, publisher, base, new)
+
+
+@pytest.fixture
+def site(template: Site, tmp_path: Path) -> Site:
+    """A copy of the template that a test may spoil."""
+    root = tmp_path / "site"
+    shutil.copytree(template.root, root, symlinks=True)
+    store = BucketStore(copy_of(template.server))
+    return Site(root, store, Publisher(store, root / "keys"), root / "bundle-base", root / "bundle-new")
+
+
+def copy_of(server: Bucket) -> Bucket:
+    """Another bucket with the same objects."""
+    copy = Bucket()
+    copy.objects = dict(server.objects)
+    return copy
+
+
+def forge(
+    site: Site,
+    role: str,
+    change: Callable[[Targets], None],
+    signers: list[str],
+    online: bool = True,
+) -> None:
+    """What somebody can do who may write to the store and holds some of the keys: a consistent new state
+    in which ``role`` was changed and signed by ``signers`` (and snapshot and timestamp by their keys)."""
+    keys = site.publisher.keys.load()
+    timestamp: Metadata[Timestamp] = Metadata.from_bytes(site.server.data(TIMESTAMP))
+    v = timestamp.signed.snapshot_meta.version
+    snapshot: Metadata[Snapshot] = Metadata.from_bytes(
+        site.server.data(f"releases/metadata/{v}.snapshot.json")
+    )
+    v = snapshot.signed.meta[f"{role}.json"].version
+    md: Metadata[Targets] = Metadata.from_bytes(site.server.data(f"releases/metadata/{v}.{role}.json"))
+    change(md.signed)
+
+    def write(name: str, m: Metadata[Any], by: list[str], key: str | None = None) -> MetaFile:
+        m.signed.version += 1
+        m.signatures.clear()
+        for k in by:
+            m.sign(keys[k], append=True)
+        data = m.to_bytes()
+        site.server.overwrite(key or f"releases/metadata/{m.signed.version}.{name}.json", data)
+        return MetaFile.from_data(m.signed.version, data, ["sha256"])
+
+    snapshot.signed.meta[f"{role}.json"] = write(role, md, signers)
+    by = ["snapshot-1"] if online else []
+    timestamp.signed.snapshot_meta = write("snapshot", snapshot, by)
+    write("timestamp", timestamp, ["timestamp-1"] if online else [], TIMESTAMP)
+
+
+def offer(bundle: Path, release: Release, prefix: str | None = None) -> Callable[[Targets], None]:
+    """A change of targets metadata that offers a bundle."""
+
+    def change(targets: Targets) -> None:
+        for name in BUNDLE_FILES:
+            path = f"{prefix or release.group.value}/{name}"
+            target = TargetFile.from_data(path, (bundle / name).read_bytes(), ["sha256"])
+            target.unrecognized_fields["custom"] = release.model_dump(mode="json")
+            targets.targets[path] = target
+
+    return change
+
+
+def upload_blobs(site: Site, bundle: Path, group: str) -> None:
+    for name in BUNDLE_FILES:
+        data = (bundle / name).read_bytes()
+        sha = TargetFile.from_data("x", data, ["sha256"]).hashes["sha256"]
+        site.server.overwrite(f"releases/targets/{group}/{sha}.{name}", data)
+
+
+def refused(site: Site, why: str, **options: Any) -> None:
+    """The robot refuses what it finds, says why, and goes on with the base policy, also after a restart."""
+    with robot(site.root, site.store, site.publisher, **options) as r:
+        poll = r.poll(warm_up)
+        assert poll.action is Action.REFUSED, poll
+        assert why in poll.reason
+        active = r.active()
+        assert active is not None
+        assert active.digest == bundle_digest(site.base)
+    with robot(site.root, site.store, site.publisher) as r:
+        active = r.active()
+        assert active is not None
+        assert active.digest == bundle_digest(site.base)
+        assert bundle_digest(active.directory) == active.digest
+
+
+def taken(site: Site, bundle: Path) -> None:
+    """The robot takes a bundle."""
+    with robot(site.root, site.store, site.publisher) as r:
+        poll = r.poll(warm_up)
+        assert (poll.action, poll.digest) == (Action.SWAPPED, bundle_digest(bundle)), poll
+        r.confirm()
+
+
+# ── what is altered on the way ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", BUNDLE_FILES)
+def test_flipped_byte_in_a_file_is_refused_and_a_good_copy_taken_later(site: Site, name: str) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    key = site.blob(name=name)
+    good = site.server.data(key)
+    site.server.overwrite(key, good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    refused(site, "LengthOrHashMismatch")
+    site.server.overwrite(key, good)
+    taken(site, site.new)
+
+
+def test_longer_file_is_refused_after_its_signed_length(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    key = site.blob()
+    site.server.overwrite(key, site.server.data(key) + b"\0" * 10_000_000)
+    refused(site, "LengthMismatch")
+
+
+def test_truncated_file_is_refused(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    key = site.blob()
+    site.server.overwrite(key, site.server.data(key)[:-1])
+    refused(site, "LengthOrHashMismatch")
+
+
+def test_missing_file_changes_nothing(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    del site.server.objects[site.blob()]
+    with robot(site.root, site.store, site.publisher) as r:
+        assert r.poll(warm_up).action is Action.OFFLINE
+        active = r.active()
+        assert active is not None
+        assert active.digest == bundle_digest(site.base)
+
+
+def test_old_timestamp_is_refused_as_a_roll_back(site: Site) -> None:
+    old = site.server.data(TIMESTAMP)
+    site.publisher.publish(site.new, stable(site.new))
+    taken(site, site.new)
+    site.server.overwrite(TIMESTAMP, old)
+    with robot(site.root, site.store, site.publisher) as r:
+        poll = r.poll(warm_up)
+        assert poll.action is Action.REFUSED
+        assert "BadVersionNumber" in poll.reason
+        active = r.active()
+        assert active is not None
+        assert active.digest == bundle_digest(site.new)
+
+
+def test_old_stable_metadata_under_a_new_snapshot_are_refused(site: Site) -> None:
+    """A mix of old and new, by somebody who holds the online keys."""
+    site.publisher.publish(site.new, stable(site.new))
+    taken(site, site.new)
+
+    def older(targets: Targets) -> None:
+        targets.version -= 2
+
+    forge(site, "stable", older, ["stable-1", "stable-2"])
+    with robot(site.root, site.store, site.publisher) as r:
+        poll = r.poll(warm_up)
+        assert poll.action is Action.REFUSED
+        assert "BadVersionNumber" in poll.reason
+
+
+def test_edited_metadata_are_refused(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    key = max(k for k in site.server.objects if k.endswith(".stable.json"))
+    site.server.overwrite(key, site.server.data(key).replace(b'"acting":true', b'"acting":null'))
+    refused(site, "does not verify")
+
+
+def test_expired_metadata_are_refused_and_the_policy_in_use_stays_until_renewed(tmp_path: Path) -> None:
+    now = [datetime.now(UTC)]
+    store = BucketStore()
+    publisher = Publisher(store, tmp_path / "keys", clock=lambda: now[0])
+    publisher.init()
+    base, new = make_bundle(tmp_path, "base"), make_bundle(tmp_path, "new")
+    publisher.publish_first(base)
+    site = Site(tmp_path, store, publisher, base, new)
+    taken(site, base)
+    now[0] -= timedelta(days=30)
+    # what a publisher would have written a month ago, that nobody has renewed since
+    publisher.publish(new, stable(new))
+    refused(site, "Expired")
+    now[0] += timedelta(days=30)
+    publisher.refresh()
+    taken(site, new)
+
+
+# ── who signs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_missing_signature_is_refused(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1"])
+    refused(site, "was signed by 1/2 keys")
+
+
+def test_the_same_key_twice_is_one_signature(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-1"])
+    refused(site, "was signed by 1/2 keys")
+
+
+def test_forged_release_with_enough_signatures_is_taken_so_the_attacks_here_are_real(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-3"])
+    taken(site, site.new)
+
+
+def test_canary_key_signing_the_stable_release_is_refused(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "stable", offer(site.new, stable(site.new)), ["canary-1", "snapshot-1", "timestamp-1"])
+    refused(site, "was signed by 0/2 keys")
+
+
+def test_canary_metadata_that_name_stable_files_are_not_looked_at(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "canary", offer(site.new, stable(site.new)), ["canary-1"])
+    with robot(site.root, site.store, site.publisher) as r:
+        assert r.poll(warm_up).action is Action.NONE
+        active = r.active()
+        assert active is not None
+        assert active.digest == bundle_digest(site.base)
+
+
+def test_unsigned_timestamp_is_refused(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-2"], online=False)
+    refused(site, "does not verify")
+
+
+def test_release_signed_for_one_group_is_refused_in_the_other(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    canary = stable(site.new).model_copy(update={"group": Group.CANARY})
+    forge(site, "stable", offer(site.new, canary, "stable"), ["stable-1", "stable-2"])
+    refused(site, "signed as canary")
+
+
+def test_signed_digest_that_is_not_that_of_the_files_is_refused(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+    wrong = stable(site.new).model_copy(update={"digest": "0" * 64})
+    forge(site, "stable", offer(site.new, wrong), ["stable-1", "stable-2"])
+    refused(site, "its files are")
+
+
+def test_files_of_two_releases_are_refused(site: Site) -> None:
+    upload_blobs(site, site.new, "stable")
+
+    def mix(targets: Targets) -> None:
+        kept = targets.targets["stable/policy.json"]
+        offer(site.new, stable(site.new))(targets)
+        targets.targets["stable/policy.json"] = kept
+
+    forge(site, "stable", mix, ["stable-1", "stable-2"])
+    refused(site, "not one release")
+
+
+def test_robot_of_another_root_trusts_nothing_here(site: Site, tmp_path: Path) -> None:
+    stranger = Publisher(BucketStore(), tmp_path / "other-keys")
+    stranger.init()
+    with robot(tmp_path, site.store, stranger, "r2") as r:
+        poll = r.poll(warm_up)
+        assert poll.action is Action.REFUSED
+        assert r.active() is None
+
+
+# ── what the publisher refuses ──────────────────────────────────────────────────────────────────────
+
+
+def test_publisher_refuses_bytes_that_are_not_those_that_were_gated(site: Site) -> None:
+    with pytest.raises(BundleError, match="not " + bundle_digest(site.new)):
+        site.publisher.publish(site.base, stable(site.new))
+    with pytest.raises(BundleError, match="No such file"):
+        site.publisher.publish(site.root / "nowhere", stable(site.new))
+
+
+def test_publisher_signs_nothing_on_top_of_altered_metadata(site: Site) -> None:
+    """Else a forged, badly signed stable release would be signed properly with the next publication."""
+    forge(site, "stable", offer(site.new, stable(site.new)), ["canary-1"])
+    site.server.overwrite("releases/log/00000003.json", site.server.data(TIMESTAMP))
+    with pytest.raises(ReleaseError, match="nothing was signed"):
+        site.publisher.refresh()
+
+
+def test_publisher_without_the_stable_keys_publishes_canary_only(site: Site) -> None:
+    for i in (1, 2):
+        (site.publisher.keys.directory / f"stable-{i}.pem").unlink()
+    site.publisher.publish(site.new, stable(site.new).model_copy(update={"group": Group.CANARY}))
+    before = dict(site.server.objects)
+    with pytest.raises(ReleaseError, match="role stable needs 2 signatures and 1 of its keys"):
+        site.publisher.reissue(stable(site.new))
+    assert site.server.data(TIMESTAMP) == before[TIMESTAMP][0]
+
+
+def test_bundle_that_was_never_published_cannot_be_reissued(site: Site) -> None:
+    with pytest.raises(ReleaseError, match="never published"):
+        site.publisher.reissue(stable(site.new))
+
+
+def test_index_that_names_other_files_cannot_be_reissued(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    index = site.server.data(f"releases/bundles/{bundle_digest(site.new)}.json")
+    site.server.overwrite(f"releases/bundles/{bundle_digest(site.base)}.json", index)
+    with pytest.raises(ReleaseError, match="does not describe"):
+        site.publisher.reissue(stable(site.base))
+
+
+def test_damaged_blob_is_replaced_by_the_other_group_when_promoted(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new).model_copy(update={"group": Group.CANARY}))
+    site.publisher.reissue(stable(site.new))
+    key = site.blob()
+    site.server.overwrite(key, b"damaged")
+    site.publisher.reissue(stable(site.new, git_rev="again"))
+    taken(site, site.new)
+
+
+def test_store_of_other_keys_is_refused(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match="other keys"):
+        Publisher(site.store, tmp_path / "other-keys").init()
+
+
+def test_keys_are_private_and_appear_in_no_log_and_no_object(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    store = BucketStore()
+    publisher = Publisher(store, tmp_path / "keys")
+    publisher.init()
+    publisher.publish_first(make_bundle(tmp_path, "base"))
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
+    pems = sorted((tmp_path / "keys").glob("*.pem"))
+    assert len(pems) == 11
+    said = caplog.text.encode() + b"".join(data for data, _ in store.server.objects.values())
+    for pem in pems:
+        assert stat.S_IMODE(pem.stat().st_mode) == 0o600
+        assert pem.read_bytes().splitlines()[1] not in said
+    pems[0].chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        publisher.refresh()
+
+
+def test_file_that_is_no_key_is_named_without_its_content(site: Site) -> None:
+    path = site.publisher.keys.directory / "stable-1.pem"
+    path.write_text("hunter2")
+    with pytest.raises(ConfigError) as e:
+        site.publisher.refresh()
+    assert "stable-1.pem" in str(e.value)
+    assert "hunter2" not in str(e.value)
+
+
+# ── publishers that die, race, or come again ────────────────────────────────────────────────────────
+
+
+def test_the_same_publication_again_writes_nothing(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    before = dict(site.server.objects)
+    site.publisher.reissue(stable(site.new))
+    site.publisher.init()
+    assert site.server.objects == before
+
+
+def test_first_policy_is_published_once_and_never_over_another(site: Site) -> None:
+    assert site.publisher.publish_first(site.new).digest == bundle_digest(site.base)
+    current = site.publisher.current(Group.STABLE)
+    assert current is not None
+    assert current.digest == bundle_digest(site.base)
+
+
+def test_intended_return_to_an_older_policy_is_newer_metadata(site: Site) -> None:
+    site.publisher.publish(site.new, stable(site.new))
+    taken(site, site.new)
+    site.publisher.reissue(stable(site.base, revokes=(bundle_digest(site.new),)))
+    taken(site, site.base)
+
+
+def steps(site: Site, work: Callable[[Publisher], None]) -> int:
+    """How many requests a piece of work makes, on a copy of the store."""
+    copy = copy_of(site.server)
+    work(Publisher(BucketStore(copy), site.publisher.keys.directory))
+    return copy.requests
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_interrupted_publication_leaves_old_or_new_and_the_next_one_works(site: Site, moment: str) -> None:
+    """Killed at every request, before it reached the server or before its answer came back."""
+
+    def publish(p: Publisher) -> None:
+        p.publish(site.new, stable(site.new))
+
+    seen = set()
+    for k in range(1, steps(site, publish) + 1):
+        server = copy_of(site.server)
+        left = [k]
+
+        def kill(verb: str, key: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+
+        setattr(server, moment, kill)
+        store = BucketStore(server)
+        publisher = Publisher(store, site.publisher.keys.directory)
+        with contextlib.suppress(Killed):
+            publish(publisher)
+        server.before = server.after = lambda verb, key: None
+        root = site.root / f"{moment}-{k}"
+        with robot(root, store, publisher) as r:
+            found = r.poll(warm_up)
+            assert found.action is Action.SWAPPED, (k, found)
+            seen.add(found.digest)
+            r.confirm()
+        other = Publisher(store, site.publisher.keys.directory)
+        other.publish(site.new, stable(site.new, git_rev="after"))
+        assert other.current(Group.STABLE) == stable(site.new, git_rev="after")
+        with robot(root, store, publisher) as r:
+            r.poll(warm_up)
+            active = r.active()
+            assert active is not None
+            assert active.release == stable(site.new, git_rev="after"), k
+    assert seen == {bundle_digest(site.base), bundle_digest(site.new)}
+
+
+def test_racing_publishers_lose_nothing_at_any_interleaving(site: Site) -> None:
+    """A second publisher's whole publication happens at every point of the first one's."""
+    canary = stable(site.new).model_copy(update={"group": Group.CANARY})
+
+    def first(p: Publisher) -> None:
+        p.publish(site.new, canary)
+
+    for k in range(1, steps(site, first) + 1):
+        server = copy_of(site.server)
+        store = BucketStore(server)
+        left = [k]
+
+        def intrude(
+            verb: str, key: str, left: list[int] = left, store: BucketStore = store, server: Bucket = server
+        ) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                Publisher(store, site.publisher.keys.directory).publish(site.new, stable(site.new))
+
+        server.before = intrude
+        publisher = Publisher(store, site.publisher.keys.directory)
+        first(publisher)
+        server.before = lambda verb, key: None
+        assert publisher.current(Group.CANARY) == canary, k
+        assert publisher.current(Group.STABLE) == stable(site.new), k
+        with robot(site.root / f"race-{k}", store, publisher) as r:
+            assert r.poll(warm_up).digest == bundle_digest(site.new), k
+
+
+def test_publisher_that_died_before_its_switch_is_completed_by_the_next_refresh(site: Site) -> None:
+    def kill(verb: str, key: str) -> None:
+        if (verb, key) == ("PUT", TIMESTAMP):
+            raise Killed
+
+    site.server.before = kill
+    with pytest.raises(Killed):
+        site.publisher.publish(site.new, stable(site.new))
+    site.server.before = lambda verb, key: None
+    with robot(site.root, site.store, site.publisher) as r:
+        assert r.poll(warm_up).action is Action.NONE
+    site.publisher.refresh()
+    taken(site, site.new)
+
+
+def test_publication_called_off_by_its_guard_changes_nothing(site: Site) -> None:
+    before = site.server.data(TIMESTAMP)
+
+    def off() -> None:
+        raise ReleaseError("called off")
+
+    with pytest.raises(ReleaseError, match="called off"):
+        site.publisher.publish(site.new, stable(site.new), off)
+    assert site.server.data(TIMESTAMP) == before
+
+
+def test_interrupted_first_set_up_is_completed(tmp_path: Path) -> None:
+    reference = Bucket()
+    Publisher(BucketStore(reference), tmp_path / "keys").init()
+    for k in range(1, reference.requests + 1):
+        server = Bucket()
+        left = [k]
+
+        def kill(verb: str, key: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+
+        server.before = kill
+        store = BucketStore(server)
+        publisher = Publisher(store, tmp_path / "keys")
+        with pytest.raises(Killed):
+            publisher.init()
+        server.before = lambda verb, key: None
+        assert publisher.init() == publisher.keys.root
+        assert publisher.current(Group.STABLE) is None
+
+
+def test_metadata_past_half_of_their_life_are_renewed(tmp_path: Path) -> None:
+    now = [datetime.now(UTC)]
+    store = BucketStore()
+    publisher = Publisher(store, tmp_path / "keys", clock=lambda: now[0])
+    publisher.init()
+
+    def expiry(role: str) -> datetime:
+        if role == "timestamp":
+            return Metadata.from_bytes(store.server.data(TIMESTAMP)).signed.expires
+        keys = [k for k in store.server.objects if k.endswith(f".{role}.json")]
+        newest = max(keys, key=lambda k: int(k.rsplit("/", 1)[1].split(".")[0]))
+        return Metadata.from_bytes(store.server.data(newest)).signed.expires
+
+    before = {r: expiry(r) for r in ("timestamp", "snapshot", "canary", "stable")}
+    now[0] += timedelta(days=50)
+    publisher.refresh()
+    after = {r: expiry(r) for r in before}
+    assert after["timestamp"] > now[0]
+    assert after["snapshot"] > now[0]
+    assert after["canary"] > before["canary"]  # 90 days
+    assert after["stable"] == before["stable"]  # 180 days
