@@ -28,7 +28,7 @@ from flywheel.report import write_report
 from flywheel.schema import BUNDLE_FILES, Group, RobotReport
 from flywheel.services.airflow import AUTO_APPROVER, Airflow
 from flywheel.store import Store
-from flywheel.turn import turn_name
+from flywheel.turn import result_of, turn_name
 
 BASE = Path("models/base/bundle")
 PAIRS = 100  # fresh scenes in each shift, for the table at the end
@@ -105,7 +105,7 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
         with Fleet(home, up.environ(), settings, bootstrap) as fleet:
             before = _collect(fleet, settings, clock)
             turned = _turn(fleet, Airflow(home), clock, manual)
-            _require_done(turned, home)
+            _require_done(turned, store, home)
             stable = publisher.current(Group.STABLE)
             assert stable is not None
             robots = _arrived(fleet, store, stable.digest, clock)
@@ -248,14 +248,17 @@ def _name_of(airflow: Airflow, run_id: str) -> str:
     return turn_name(run_id, datetime.fromisoformat(doc["run_after"]))
 
 
-def _require_done(turned: dict[str, Any], home: Path) -> None:
+def _require_done(turned: dict[str, Any], store: Store, home: Path) -> None:
     states = turned["states"]
     if states.get("release.wide") == "success":
         return
     failed = [n for n, s in states.items() if s in ("failed", "upstream_failed")]
-    skipped = [n for n, s in states.items() if s == "skipped"]
-    what = f"failed: {', '.join(failed)}" if failed else f"ended before {', '.join(skipped) or 'its end'}"
-    raise StageError(f"{turned['turn']} {what}; logs are in {home / 'airflow' / 'logs'}")
+    if failed:
+        what = f"failed in {', '.join(failed)}"
+    else:
+        result = result_of(turned["turn"], store)
+        what = f"was not released: {result.verdict}: {'; '.join(result.reasons) or 'see the rollout'}"
+    raise StageError(f"{turned['turn']} {what}; logs are in {home / 'logs'}")
 
 
 def _arrived(fleet: Fleet, store: Store, digest: str, clock: Clock) -> list[RobotReport]:

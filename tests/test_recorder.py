@@ -91,7 +91,9 @@ def test_an_attempt_and_its_correction_are_one_episode(tmp_path: Path) -> None:
 
 
 def test_one_attempt_right_after_another_takes_no_row_and_no_event_of_it(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+    stage = Stage(
+        tmp_path, WINDOWS.model_copy(update={"min_interval_s": 2.0})
+    )  # holds within an attempt only
     for seed in range(3):
         stage.say("task", "start", seed=seed)
         stage.play(0.7)
@@ -155,18 +157,20 @@ def test_a_fault_during_a_recording_joins_it_and_prolongs_it(tmp_path: Path) -> 
     assert m.window_ns == (1 * S, 2900 * MS)
 
 
-def test_a_fault_just_after_a_recording_gets_what_comes_after_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later_ms", [550, 900], ids=["before it is sealed", "after it is sealed"])
+def test_a_fault_just_after_a_recording_gets_what_comes_after_it(tmp_path: Path, later_ms: int) -> None:
     stage = Stage(tmp_path)
     stage.play(2.0)
     stage.say("trigger", "wrong_object")
-    stage.play(0.55)
+    stage.play(later_ms / 1000)
+    assert len(stage.sealed) == (later_ms > 600)
     stage.say("trigger", "dropped_object")
     stage.play(2.0)
     first, second = stage.sealed
     assert first.window_ns[1] == second.window_ns[0] == 2500 * MS
-    assert second.window_ns[1] == 3050 * MS
+    assert second.window_ns[1] == (2500 + later_ms) * MS
     rows = ticks(load(tmp_path, first)) + ticks(load(tmp_path, second))
-    assert rows == list(range(1000, 3050))
+    assert rows == list(range(1000, 2500 + later_ms))
 
 
 def test_a_trigger_told_late_still_gets_its_window(tmp_path: Path) -> None:

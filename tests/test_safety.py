@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flywheel.edge import safety
@@ -176,6 +176,8 @@ def test_check_state(q: FloatArray, dq: FloatArray, bias: FloatArray, mass: Floa
 
 
 @given(vectors(4))
+@example(np.array([1.0, -1.0, 0.0, 1.5]))
+@example(np.array([1.0, -1.0, 2.0, math.nextafter(1.5, 2.0)]))
 @settings(max_examples=120, deadline=None)
 def test_check_tool(tool: FloatArray) -> None:
     flags = both(check_tool, tool, SCALARS)

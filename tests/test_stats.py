@@ -257,3 +257,33 @@ def test_paired_ratio_inverts_when_the_sides_swap(pairs: list[tuple[float, float
 def test_arguments_out_of_range_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"got|not finite"):
         call()
+
+
+def test_unpaired_difference_reproduces_newcombes_examples() -> None:
+    """Newcombe 1998 (17:873-890), table II, method 10: (56/70 - 48/80), (9/10 - 3/10), (10/10 - 0/10)."""
+    for a, n_a, b, n_b, low, high in (
+        (48, 80, 56, 70, 0.0524, 0.3339),
+        (3, 10, 9, 10, 0.1705, 0.8090),
+        (0, 10, 10, 10, 0.6075, 1.0000),
+    ):
+        d = stats.unpaired_difference(a, n_a, b, n_b)
+        assert d.mean == pytest.approx(b / n_b - a / n_a)
+        assert (d.low, d.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_unpaired_ratio_is_welchs_interval_and_needs_two_values_a_side() -> None:
+    ttest_ind = scipy_stats.ttest_ind
+
+    rng = np.random.default_rng(0)
+    a, b = rng.lognormal(0.0, 0.3, 9), rng.lognormal(0.5, 0.8, 14)
+    r = stats.unpaired_ratio(stats.log_moments(a, 1e-9), stats.log_moments(b, 1e-9), 0.9)
+    expected = ttest_ind(np.log(b), np.log(a), equal_var=False).confidence_interval(0.9)
+    assert (np.log(r.low), np.log(r.high)) == pytest.approx((expected.low, expected.high))
+    below = stats.log_moments([0.0, 0.1, 0.5], 1.0)
+    assert stats.unpaired_ratio(below, below)[:3] == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="two or more"):
+        stats.unpaired_ratio(stats.log_moments([], 1.0), below)
+    with pytest.raises(ValueError, match="not finite"):
+        stats.log_moments([np.nan], 1.0)
+    wild = stats.Moments(2, 0.0, 1e9)
+    assert math.isfinite(stats.unpaired_ratio(wild, wild).high)

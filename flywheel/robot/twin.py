@@ -24,6 +24,7 @@ from flywheel.twin.shift import shift as named_shift
 LIMITS_FILE = Path(__file__).parent.parent / "twin" / "limits.yaml"
 POLICY_CAMERAS = ("wrist",)
 ALL_CAMERAS = ("wrist", "scene")
+BRAKE_NMS = np.array([80.0, 80.0, 60.0, 20.0, 4.0])  # N·m·s/rad
 
 
 def world_dtype(cell: Cell) -> np.dtype[np.void]:
@@ -110,7 +111,7 @@ class TwinRobot(TwinPerception):
         self._powered = True
         self._cup: FloatArray = cell.data.site_xpos[cell.model.site("cup").id]
         self._before = self._cup.copy()
-        self._off = np.zeros(JOINTS)
+        self._braked = np.zeros(JOINTS)
 
     def reset(self, seed: int, target: str | None = None) -> None:
         """A new scene, with power on."""
@@ -138,9 +139,13 @@ class TwinRobot(TwinPerception):
         out.held = 1.0 if cell.held >= 0 else 0.0
 
     def write(self, tau: FloatArray, tool: float) -> None:
-        """Step the physics; without power the joints' friction alone brakes the arm."""
+        """Step the physics; without power the brakes hold the joints."""
         cell = self.cell
-        cell.step(tau if self._powered else self._off, tool)
+        if not self._powered:
+            np.multiply(cell.dq, -BRAKE_NMS, out=self._braked)
+            self._braked += cell.bias
+            tau = self._braked
+        cell.step(tau, tool)
         self.tell()
 
     def tell(self) -> None:
@@ -158,7 +163,7 @@ class TwinRobot(TwinPerception):
         self._powered = True
 
     def stop(self) -> None:
-        """Category 0: torque off."""
+        """Category 0: power off, brakes on."""
         self._powered = False
 
 

@@ -38,7 +38,7 @@ from flywheel.store import Store
 READERS = 8
 # Below these, differences do not matter, so they neither speak for nor against a policy (assumptions, but
 # for the misses: a stock kernel under load was measured at 200 to 1450 ppm).
-TRACKING_FLOOR_RAD = 0.05
+TRACKING_FLOOR_RAD = 0.005
 MISSES_FLOOR_PPM = 2000.0
 LATE_FLOOR_NS = 1e6
 

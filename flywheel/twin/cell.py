@@ -43,7 +43,7 @@ _STRIPES = "".join(
 )
 _BOXES = "".join(
     f'<body name="box{i}" pos="0.4 {0.1 * i} .02"><freejoint/>'
-    f'<geom name="box{i}" type="box" size=".02 .02 .02" mass=".05" friction=".8 .01 .001"/></body>'
+    f'<geom name="box{i}" class="touched" type="box" size=".02 .02 .02" mass=".05" friction=".8 .01 .001"/></body>'
     for i in range(BOXES)
 )
 MJCF = f"""
@@ -55,10 +55,11 @@ MJCF = f"""
  <visual><quality shadowsize="0" offsamples="0"/><global offwidth="480" offheight="480"/><map znear="0.005"/>
   <headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/></visual>
  <default><default class="link"><geom contype="0" conaffinity="0" rgba=".95 .6 .1 1"/></default>
+  <default class="touched"><geom contype="3" conaffinity="3"/></default>
   <default class="paint"><geom contype="0" conaffinity="0" rgba="0 0 0 0"/></default></default>
  <worldbody>
   <light name="key" pos="0.4 0 1.6" dir="0 0 -1" diffuse=".6 .6 .6" specular="0 0 0" castshadow="false"/>
-  <geom name="table" type="box" size=".6 .6 .02" pos=".35 0 -.02" friction=".8 .01 .001"/>
+  <geom name="table" class="touched" type="box" size=".6 .6 .02" pos=".35 0 -.02" friction=".8 .01 .001"/>
   {_STRIPES}
   <geom name="bin" type="box" size="{BIN_HALF_M} {BIN_HALF_M} .002" pos="{BIN_M[0]} {BIN_M[1]} .002"
    rgba=".25 .25 .28 1"/>{_WALLS}
@@ -75,7 +76,7 @@ MJCF = f"""
       <body name="tool"><joint name="roll" axis="1 0 0" damping=".5" armature=".02" range="-3.1 3.1"/>
        <geom class="link" type="capsule" fromto=".01 0 0 {TOOL_M - 0.012} 0 0" size=".008" mass=".12" rgba=".3 .3 .3 1"/>
        <geom name="cup" type="sphere" pos="{TOOL_M - 0.008} 0 0" size=".008" mass=".03" rgba=".1 .1 .1 1"
-        contype="2" conaffinity="2" priority="1" condim="1" solref=".05 1" solimp=".05 .6 .01"/>
+        contype="2" conaffinity="2" friction=".6 .01 .001"/>
        <site name="cup" pos="{TOOL_M} 0 0"/>
        <camera name="wrist" pos="0 0 .06" xyaxes="0 -1 0 0 0 1" fovy="90"/>
   </body></body></body></body></body>
@@ -95,9 +96,6 @@ class Cell:
         self.model = mujoco.MjModel.from_xml_string(MJCF)
         self.data = mujoco.MjData(self.model)
         m = self.model
-        for name in ("table", *(f"box{i}" for i in range(BOXES))):  # what the cup touches
-            m.geom(name).conaffinity = 3
-            m.geom(name).contype = 3
         self._light = m.light_diffuse.copy()
         self._ambient = np.array(m.vis.headlight.ambient)
         self._head = np.array(m.vis.headlight.diffuse)

@@ -21,13 +21,17 @@ BRAKE_HZ = 4.0  # speed per distance left
 
 
 def _approach(tip: FloatArray, target_top: FloatArray, step_s: float) -> FloatArray:
-    """Down a funnel over the target: the further aside, the higher; slower the closer."""
+    """Down a funnel over the target: the further aside, the higher; slower the closer.
+
+    Below the funnel it rises, and goes on sideways the more slowly the lower it is, but always a little: an
+    operator that stopped to rise would teach its imitator to stop.
+    """
     grasp_z = float(target_top[2]) + 0.001
     way = target_top[:2] - tip[:2]
     aside = float(np.hypot(*way))
-    if tip[2] < _funnel(aside, grasp_z) - 0.03:  # too low to pass over other boxes: rise first
-        return np.array([tip[0], tip[1], tip[2] + CLIMB_M_S * step_s])
-    stride = min(aside, max(SLOW_M_S, min(TRAVEL_M_S, BRAKE_HZ * aside)) * step_s)
+    free = min(1.0, max(0.3, 1.0 - (_funnel(aside, grasp_z) - float(tip[2])) / 0.06))
+    speed = max(SLOW_M_S, free * min(TRAVEL_M_S, BRAKE_HZ * aside))
+    stride = min(aside, speed * step_s)
     here = tip[:2] + way * (stride / aside) if aside > 0 else tip[:2]
     goal = _funnel(aside - stride, grasp_z)
     z = max(goal, tip[2] - DESCEND_M_S * step_s) if tip[2] > goal else min(goal, tip[2] + CLIMB_M_S * step_s)

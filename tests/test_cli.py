@@ -1,0 +1,72 @@
+"""Bad input at the command line: one clear line, exit code 1, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flywheel.schema import EPISODE_FILES
+from tests.samples import sealed
+
+ROOT = Path(__file__).parents[1]
+
+
+def flywheel(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from flywheel.cli import main; main()", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+        check=False,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("flywheel: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_missing_bundle_is_named() -> None:
+    refused(flywheel("eval", "--policy", "nowhere", "--episodes", "1"), "nowhere", "policy.onnx")
+
+
+def test_an_unknown_shift_lists_the_known_ones() -> None:
+    refused(flywheel("eval", "--policy", "models/base", "--shift", "mars"), "mars", "factory")
+
+
+def test_an_unknown_key_in_params_names_the_nearest(tmp_path: Path) -> None:
+    params = (ROOT / "params.yaml").read_text().replace("  learning_rate:", "  learning_rat:")
+    (tmp_path / "params.yaml").write_text(params)
+    done = flywheel(
+        "train", "--policy", "a", "--dataset", "b", "--out", "c", "--params", str(tmp_path / "params.yaml")
+    )
+    refused(done, "train.learning_rat", "train.learning_rate")
+
+
+def test_a_store_that_is_not_up_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYWHEEL_HOME", str(tmp_path))
+    refused(flywheel("episodes", "ls"), "flywheel up")
+
+
+def test_verify_names_the_truncated_file_and_leaves_it_there(tmp_path: Path) -> None:
+    directory = sealed(tmp_path)
+    assert flywheel("episodes", "verify", str(directory)).returncode == 0
+    victim = directory / EPISODE_FILES[0]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    refused(flywheel("episodes", "verify", str(directory)), EPISODE_FILES[0])
+    assert victim.read_bytes() == whole[: len(whole) // 2]
+
+
+def test_verify_prints_json(tmp_path: Path) -> None:
+    done = flywheel("episodes", "verify", str(sealed(tmp_path)), "--json")
+    assert json.loads(done.stdout) == []

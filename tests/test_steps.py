@@ -1,0 +1,245 @@
+"""What the wheel's tasks do with answers and gates: who may release what, and what becomes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flywheel import policies, rollout
+from flywheel.config import RolloutSettings
+from flywheel.errors import StageError
+from flywheel.rollout import RolloutState
+from flywheel.schema import Check, GateReport, RolloutStage, Verdict, bundle_digest, sha256_bytes
+from flywheel.store import Store
+from flywheel.turn import STAGES, TurnResult
+from tests.bucket import BucketStore
+from tests.deliveries import make_bundle
+from tests.fleets import ReportingFleet
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BucketStore:
+    """The store that every step finds."""
+    found = BucketStore()
+    monkeypatch.setattr(Store, "from_env", lambda *_: found)
+    monkeypatch.setenv("FLYWHEEL_HOME", str(tmp_path / "home"))
+    return found
+
+
+@pytest.fixture
+def waiting(store: BucketStore, tmp_path: Path) -> tuple[str, str, ReportingFleet]:
+    """A turn whose rollout waits for approval: its name, the rollout's id, the fleet."""
+    from dags import steps
+
+    base, candidate = make_bundle(tmp_path, "base"), make_bundle(tmp_path, "candidate")
+    fleet = ReportingFleet(store, tmp_path / "home" / "keys", base)
+    policies.publish(store, "turn-a", candidate, make_bundle(tmp_path, "checkpoint"))
+    gate = gate_report(bundle_digest(candidate), bundle_digest(base))
+    gate_digest = store.put_json("gates/x.json", gate)
+    store.put(f"gates/{gate_digest}.json", gate.to_bytes())
+    result = TurnResult(
+        turn="turn-a",
+        ok=True,
+        stages=STAGES,
+        commit="c" * 40,
+        experiment="e" * 40,
+        current_digest=bundle_digest(base),
+        candidate_digest=bundle_digest(candidate),
+        gate_digest=gate_digest,
+        verdict=Verdict.PROMOTE,
+    )
+    store.put_json("runs/turn-a/result.json", result)
+    settings = RolloutSettings(canary_fraction=0.25)
+    state = rollout.start(store, fleet.publisher, result.candidate_digest, gate_digest, settings)
+    for until in ("canary", "approval"):
+        for _ in range(5):
+            fleet.report()
+            if steps.watch(state.rollout_id, until, name="turn-a")[0]:
+                break
+    assert stage_of(store, state.rollout_id) is RolloutStage.APPROVAL
+    return "turn-a", state.rollout_id, fleet
+
+
+def gate_report(candidate: str, current: str) -> GateReport:
+    check = Check(name="lift", verdict=Verdict.PROMOTE, value=0.4, low=0.2, high=0.6, bar="> 0", n=60)
+    return GateReport(
+        candidate_digest=candidate,
+        current_digest=current,
+        checks=(check,),
+        verdict=Verdict.PROMOTE,
+        reasons=(),
+    )
+
+
+def stage_of(store: Store, rollout_id: str) -> RolloutStage:
+    return rollout.status(store, rollout_id).state.stage
+
+
+def answered(name: str | None = "ops", reason: Any = "looks good") -> dict[str, Any]:
+    user = {"id": name, "name": name} if name else None
+    return {"responded_by_user": user, "params_input": {"reason": reason}}
+
+
+def test_the_approver_is_shown_both_digests_the_gate_and_the_canary(
+    waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from dags import steps
+
+    name, rollout_id, _ = waiting
+    reached, body = steps.watch(rollout_id, "approval", name=name)
+    state = rollout.status(store, rollout_id).state
+    assert reached
+    for text in (
+        state.bundle_digest,
+        state.gate_digest,
+        name,
+        "| lift | 0.4 | 0.2 … 0.6 |",
+        "tracking error",
+    ):
+        assert text in body
+
+
+def test_promote_releases_to_every_robot_and_a_repeat_changes_nothing(
+    waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from dags import steps
+
+    name, rollout_id, fleet = waiting
+    steps.decide("Promote", name, rollout_id, answered())
+    steps.decide("Promote", name, rollout_id, answered())
+    assert stage_of(store, rollout_id) is RolloutStage.WIDE
+    for _ in range(10):
+        fleet.report()
+        if steps.watch(rollout_id, "done")[0]:
+            break
+    assert "approved by ops" not in steps.outcome(name, rollout_id)
+    assert "done" in steps.outcome(name, rollout_id)
+    approvals = rollout.status(store, rollout_id).approvals
+    assert {(a.by, a.reason) for a in approvals} == {("ops", "looks good")}
+
+
+@pytest.mark.parametrize("option", ["Hold", "Roll back"])
+def test_hold_and_roll_back_withdraw_the_candidate_from_the_canary(
+    option: str, waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from airflow.sdk.exceptions import AirflowSkipException
+
+    from dags import steps
+
+    name, rollout_id, fleet = waiting
+    steps.decide(option, name, rollout_id, answered(None if option == "Roll back" else "ops"))
+    assert stage_of(store, rollout_id) in (RolloutStage.HELD, RolloutStage.ROLLED_BACK)
+    fleet.report()
+    assert set(fleet.loaded.values()) == {fleet.base}
+    with pytest.raises(AirflowSkipException):
+        steps.watch(rollout_id, "done")
+    assert steps.watch(rollout_id, "wide", skip=False)[0]
+
+
+def forged_bundle(store: Store, state: RolloutState) -> None:
+    result = store.get_json("runs/turn-a/result.json", TurnResult)
+    store.put_json("runs/turn-a/result.json", result.model_copy(update={"candidate_digest": "0" * 64}))
+
+
+def other_gate_report(store: Store, state: RolloutState) -> None:
+    result = store.get_json("runs/turn-a/result.json", TurnResult)
+    store.put_json("runs/turn-a/result.json", result.model_copy(update={"gate_digest": "0" * 64}))
+
+
+@pytest.mark.parametrize("change", [forged_bundle, other_gate_report])
+def test_a_promotion_of_other_digests_than_the_rollouts_is_void(
+    change: Callable[[Store, RolloutState], None], waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    name, rollout_id, _ = waiting
+    change(store, rollout.status(store, rollout_id).state)
+    with pytest.raises(AirflowFailException, match="void"):
+        steps.decide("Promote", name, rollout_id, answered())
+    assert stage_of(store, rollout_id) is RolloutStage.APPROVAL
+    assert rollout.status(store, rollout_id).approvals == ()
+
+
+def test_a_gate_report_changed_in_the_store_voids_an_approval_already_given(
+    waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from dags import steps
+
+    name, rollout_id, _ = waiting
+    state = rollout.status(store, rollout_id).state
+    report = gate_report(state.bundle_digest, "1" * 64)
+    store.put(f"gates/{state.gate_digest}.json", report.to_bytes())
+    steps.decide("Promote", name, rollout_id, answered())
+    assert stage_of(store, rollout_id) is RolloutStage.HELD
+    assert sha256_bytes(report.to_bytes()) != state.gate_digest
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (answered("mallory"), "mallory may not approve"),
+        (answered(None), "may not approve"),
+        ({}, "may not approve"),
+        (answered(reason="x" * 2001), "reason"),
+        (answered(reason=7), "reason"),
+    ],
+)
+def test_a_promotion_by_the_wrong_user_or_with_bad_input_is_refused(
+    answer: dict[str, Any], match: str, waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    name, rollout_id, _ = waiting
+    with pytest.raises(AirflowFailException, match=match):
+        steps.decide("Promote", name, rollout_id, answer)
+    assert stage_of(store, rollout_id) is RolloutStage.APPROVAL
+
+
+def test_a_promotion_that_comes_after_a_roll_back_is_refused(
+    waiting: tuple[str, str, ReportingFleet], store: Store
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    name, rollout_id, _ = waiting
+    steps.decide("Roll back", name, rollout_id, answered())
+    with pytest.raises(AirflowFailException, match="rolled back"):
+        steps.decide("Promote", name, rollout_id, answered())
+    assert stage_of(store, rollout_id) is RolloutStage.ROLLED_BACK
+
+
+def test_a_gate_that_does_not_promote_ends_the_turn_without_a_rollout(
+    store: BucketStore,
+) -> None:
+    from airflow.sdk.exceptions import AirflowSkipException
+
+    from dags import steps
+
+    result = TurnResult(
+        turn="turn-a", ok=True, stages=STAGES, commit="c", verdict=Verdict.HOLD, reasons=("lift: 0",)
+    )
+    store.put_json("runs/turn-a/result.json", result)
+    with pytest.raises(AirflowSkipException, match="lift: 0"):
+        steps.start_rollout("turn-a")
+    assert "no rollout" in steps.outcome("turn-a", None)
+    assert list(store.list("rollouts/")) == []
+    with pytest.raises(StageError, match="close it first"):
+        steps.start_rollout("turn-b")
+
+
+def test_a_store_that_is_down_does_not_end_the_watching(
+    waiting: tuple[str, str, ReportingFleet], store: BucketStore
+) -> None:
+    from dags import steps
+
+    with store.server.down():
+        assert steps.watch(waiting[1], "canary") == (False, "")
+    assert steps.watch(waiting[1], "canary")[0]
