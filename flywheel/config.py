@@ -107,7 +107,7 @@ class ReplaySettings(Section):
 class TrainSettings(Section):
     """Fine-tuning of the current policy."""
 
-    steps: Count = 800
+    steps: Count = 1000
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of base data in a batch
@@ -127,16 +127,16 @@ class GateSettings(Section):
     """What a candidate must show."""
 
     shift: str = "factory"  # where the failures came from
-    episodes: Count = 80  # most paired episodes in the shift
+    episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab
     looks: Annotated[int, Field(ge=1, le=10)] = 2  # times the evidence is looked at; it may end at each
-    max_scenarios: Count = 40  # recorded failures that are replayed, the newest
+    max_scenarios: Count = 20  # recorded failures that are replayed, the newest
     seed: Seed = 0  # scenes also depend on the two policies, so that each gate draws fresh ones
     min_lift: Annotated[float, Field(ge=-1, le=1)] = 0.0  # the lift's interval must lie above this
     max_lab_drop: Fraction = 0.05  # success that the lab may lose
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # one-sided, of every check
-    wall_s: Positive = 4.0  # length of one run on the wall clock
-    wall_pairs: Annotated[int, Field(ge=2)] = 8  # most runs of each policy on the wall clock
+    wall_s: Positive = 3.0  # length of one run on the wall clock
+    wall_pairs: Annotated[int, Field(ge=2)] = 5  # most runs of each policy on the wall clock
     max_tracking_rms_rad: Positive = 0.05
 
 
@@ -164,7 +164,7 @@ class RolloutSettings(Section):
 class TriggerSettings(Section):
     """When failures start a turn."""
 
-    min_episodes: Count = 120  # failures waiting that start a turn
+    min_episodes: Count = 130  # failures waiting that start a turn
     max_wait_s: Positive = 600.0  # age of the oldest failure that starts a turn
     cooldown_s: Positive = 30.0
     poll_s: Positive = 2.0

@@ -298,7 +298,8 @@ class GateReport(Strict):
         A report speaks of the two bundles that it compared: if either is another one now, it is void.
         """
         if not candidate_digest or self.candidate_digest != candidate_digest:
-            return f"void: the report is about candidate {self.candidate_digest[:12]}, not {candidate_digest[:12]}"
+            about = self.candidate_digest[:12]
+            return f"void: the report is about candidate {about}, not {candidate_digest[:12]}"
         if not current_digest or self.current_digest != current_digest:
             return f"void: the report compares with {self.current_digest[:12]}, not {current_digest[:12]}"
         if self.verdict is not Verdict.PROMOTE:

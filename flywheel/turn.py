@@ -136,7 +136,7 @@ def _begin(
     turn: str, current_digest: str, adjust: Mapping[str, Any], force: bool, store: Store, origin: Path
 ) -> TurnRecord | None:
     settings = Settings.load(origin / PARAMS_FILE)
-    _adjusted((origin / PARAMS_FILE).read_text(encoding="utf-8"), adjust, BASE_POLICY)
+    adjusted((origin / PARAMS_FILE).read_text(encoding="utf-8"), adjust, BASE_POLICY)
     source = snapshot(origin)
     base = policies.digest_of(origin / BASE_POLICY / "bundle")
     if current_digest in ("", base):
@@ -264,7 +264,7 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
     workspace.clone(origin, Source(record.commit, patch))
     params = root / PARAMS_FILE
     text = workspace.git("show", f":{PARAMS_FILE}")
-    params.write_text(_adjusted(f"{text}\n", record.adjusted, record.policy), encoding="utf-8")
+    params.write_text(adjusted(f"{text}\n", record.adjusted, record.policy), encoding="utf-8")
     (root / "data").mkdir(exist_ok=True)
     (root / RECORD).write_bytes(record.to_bytes())
     claims = _pull_episodes(store, claims_of(store, turn), root / "data" / "episodes")
@@ -335,7 +335,7 @@ def _dataset(workspace: Workspace) -> str:
     return next((str(o["md5"]) for o in outs if o["path"] == DATASET), "")
 
 
-def _adjusted(text: str, adjust: Mapping[str, Any], policy: str) -> str:
+def adjusted(text: str, adjust: Mapping[str, Any], policy: str) -> str:
     """params.yaml with the turn's settings, comments kept; ``ConfigError`` for a setting that may not be."""
     from io import StringIO
 

@@ -226,8 +226,8 @@ def learn_to_act(policy: Any, pre: Any, data: Data, args: argparse.Namespace, sa
         for group in optimizer.param_groups:
             group["lr"] = lr
         b = torch.randint(len(data), (args.batch,), generator=generator)
-        resting = remembered is not None and gone < args.resting
-        if resting:
+        resting = gone < args.resting
+        if remembered is not None and resting:
             tokens = remembered[b]
             eyes.embed_image = lambda _, tokens=tokens: tokens
         elif remembered is not None:

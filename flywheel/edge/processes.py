@@ -29,7 +29,6 @@ from flywheel.robot import Perception, Robot
 from flywheel.schema import Bundle, Strict
 
 WORLD_BYTES = 1 << 16  # for what a simulated robot tells its own perception
-ORPHAN_NS = 3 * HEARTBEAT_LIMIT_NS
 EXIT_BAD_PLAN = 3  # a fault that starting again will not mend
 
 
@@ -123,8 +122,13 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._parent = os.getppid()
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def orphaned(self) -> bool:
+        """Whether the supervisor is gone for good, and not only stalled."""
+        return os.getppid() != self._parent
 
     def _ask(self, *_: object) -> None:
         self.asked = True
@@ -163,7 +167,7 @@ def _loop(system1: System1, shared: Shared, period: int, stop: _Stop) -> None:
             if stop.asked:
                 shared.commands[COMMAND] = CATEGORY_2
                 leave_at = now + LEAVE_NS
-            elif now - shared.commands[HEARTBEAT] > ORPHAN_NS:
+            elif now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
                 leave_at = now + LEAVE_NS  # the ladder was taken when the heartbeat went stale
         elif system1.resting or now > leave_at:
             return
@@ -206,7 +210,7 @@ def run_system2(plan: Plan, shared: Shared) -> None:
     period = round(1e9 / plan.policy_hz)
     while not stop.asked:
         now, _ = realtime.pace(shared.status2, period)
-        if now - shared.commands[HEARTBEAT] > ORPHAN_NS:
+        if now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
             return
         system2.tick(now, plan.instruction, override)
 

@@ -1,7 +1,7 @@
 """The runtime on the wall clock: starts System 1 and System 2, watches them, and sums up what they did.
 
 The supervisor is ordinary Python at ordinary priority. It may stall or be killed: System 1 sees its
-heartbeat go stale, ramps to rest, and ends. System 2 may stall, crash or be killed: System 1 walks down the
+heartbeat go stale and ramps to rest; it ends if the supervisor is gone. System 2 may stall, crash or be killed: System 1 walks down the
 stale ladder, and the supervisor starts it again with growing pauses. Leaving ``Wall``, by whatever way, ends
 both.
 """
@@ -127,7 +127,7 @@ class Wall:
         self._system2: _Child | None = None
         self._start_again_at = 0.0
         self._handler: Any = None
-        self._load = os.getloadavg()
+        _warm_up()
 
     @property
     def system1_pid(self) -> int:
@@ -226,6 +226,13 @@ class Wall:
 
     def _beat(self) -> None:
         self.shared.commands[HEARTBEAT] = time.monotonic_ns()
+
+
+def _warm_up() -> None:
+    """Compile what the supervisor calls before anything moves: System 1 would take a pause for its death."""
+    ring = Ring(event_dtype(), 2)
+    ring.push(ring.record())
+    ring.reader().poll()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

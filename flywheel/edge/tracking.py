@@ -32,7 +32,7 @@ K_POS, K_VEL, OMEGA, ZETA, PD_P, PD_D, GAINS = range(7)
 _POSITION, _VELOCITY = int(Limit.POSITION), int(Limit.VELOCITY)
 _ACCELERATION, _JERK = int(Limit.ACCELERATION), int(Limit.JERK)
 # The velocity guard is exact in ticks, but for rounding. The position guard reckons as if braking could begin
-# between ticks; a bang-bang search (0.25, 1 and 4 ms) found no overrun even without the margin, so it is ample.
+# between ticks; a bang-bang search at 0.25, 1 and 4 ms found no overrun even without the margin.
 _ROUNDING = 1e-9
 _POSITION_MARGIN = 1e-3
 REST_VELOCITY = 1e-4  # rad/s: slower than this the reference is set to rest

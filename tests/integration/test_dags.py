@@ -61,7 +61,7 @@ def parsed() -> Any:
             "params": sorted(dag.params),
             "tasks": {{t.task_id: {{
                 "down": sorted(t.downstream_task_ids), "owner": t.owner, "retries": t.retries,
-                "rule": str(t.trigger_rule), "pool": t.pool, "command": getattr(t, "bash_command", ""),
+                "rule": t.trigger_rule.value, "pool": t.pool, "command": getattr(t, "bash_command", ""),
             }} for t in dag.tasks}},
             "approve": {{k: getattr(dag.get_task("release.approve"), k)
                 for k in ("options", "defaults", "assigned_users", "options_mapping")}},
@@ -147,6 +147,7 @@ def test_a_run_from_failures_to_every_robot(store: Store, store_env: dict[str, s
             FLYWHEEL_HOME=str(home),
             TEST_LOG=str(tmp_path / "stages.log"),
             AIRFLOW_HOME=str(tmp_path / "airflow"),
+            AIRFLOW__CORE__DAGS_FOLDER=str(ROOT / "dags"),
             PATH=path,
         )
     assert run["state"] == "success", run

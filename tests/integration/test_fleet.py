@@ -23,7 +23,9 @@ def settings(**twin: object) -> Settings:
     return found.model_copy(update={"twin": found.twin.model_copy(update=twin)})
 
 
-def test_a_failure_on_a_robot_becomes_one_verified_episode_and_one_marker(store: Store, tmp_path: Path) -> None:
+def test_a_failure_on_a_robot_becomes_one_verified_episode_and_one_marker(
+    store: Store, tmp_path: Path
+) -> None:
     publisher = Publisher(store, tmp_path / "keys")
     bootstrap = publisher.init()
     publisher.publish_first(BASE)

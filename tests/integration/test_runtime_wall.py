@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from flywheel.edge import realtime
-from flywheel.edge.processes import ORPHAN_NS, Plan
+from flywheel.edge.processes import Plan
 from flywheel.edge.runtime import Wall, read_bundle
 from flywheel.edge.safety import ACCELERATION, JERK, LOWER, UPPER, VELOCITY
+from flywheel.edge.system1 import HEARTBEAT_LIMIT_NS
 from flywheel.errors import BundleError, ConfigError
 from flywheel.schema import Mode
 from tests.robots import BUNDLE, limits, write_bundle, write_limits
@@ -177,8 +178,20 @@ def test_a_supervisor_that_ends_takes_everything_with_it(plan: Plan, how: signal
     supervisor.send_signal(how)
     supervisor.wait(10.0)
     supervisor.stdout.close()
-    patience = ORPHAN_NS * 1e-9 + 10.0 if how == signal.SIGKILL else 1.0
+    patience = HEARTBEAT_LIMIT_NS * 1e-9 + 10.0 if how == signal.SIGKILL else 1.0
     wait_until(lambda: not any(Path(f"/proc/{p}").exists() for p in pids), patience)
+
+
+def test_a_stalled_supervisor_brings_the_arm_to_rest_but_does_not_end_it(plan: Plan) -> None:
+    with Wall(plan) as wall:
+        wall.run(20.0, until=lambda: wall.result().modes.get("follow", 0) > 300)
+        rows = wall.shared.control.reader(from_start=False)
+        time.sleep(HEARTBEAT_LIMIT_NS * 1e-9 + 1.0)  # this is the stall
+        stalled = rows.poll().rows
+        assert stalled["mode"][-1] in (Mode.HOLD, Mode.FALLBACK)
+        assert np.abs(stalled["dq"][-1]).max() < 1e-3
+        wall.run(20.0, until=lambda: modes(wall)[-1] == b"follow")
+        check_references(wall)
 
 
 def test_a_policy_that_cannot_be_loaded_is_said_so_and_leaves_nothing(plan: Plan, tmp_path: Path) -> None:
