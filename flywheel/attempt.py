@@ -18,7 +18,7 @@ from flywheel.twin.cell import Cell
 from flywheel.twin.operator import plan
 from flywheel.twin.shift import shift as named_shift
 
-EPISODE_S = 8.0  # time limit of the policy; the default of params.yaml's twin.episode_s
+EPISODE_S = 6.0  # time limit of the policy; the default of params.yaml's twin.episode_s
 OPERATOR_S = 10.0  # time limit of the operator's correction
 OPERATOR_STEPS = 10
 STEP_S = 0.1

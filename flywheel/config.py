@@ -45,7 +45,7 @@ class TwinSettings(Section):
 
     shift: str = "factory"  # named shift that the fleet works in
     robots: Count = 4  # robots of the simulated fleet
-    episode_s: Positive = 8.0  # time limit of one attempt at the task
+    episode_s: Positive = 6.0  # time limit of one attempt at the task
     seed: Seed = 0
 
 
@@ -136,7 +136,7 @@ class GateSettings(Section):
     max_lab_drop: Fraction = 0.05  # success that the lab may lose
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # one-sided, of every check
     wall_s: Positive = 3.0  # length of one run on the wall clock
-    wall_pairs: Annotated[int, Field(ge=2)] = 5  # most runs of each policy on the wall clock
+    wall_pairs: Annotated[int, Field(ge=2)] = 8  # most runs of each policy on the wall clock
     max_tracking_rms_rad: Positive = 0.05
 
 

@@ -37,6 +37,7 @@ WALL_S = 6.0
 FLEET_LIMIT_S = 600.0
 TURN_LIMIT_S = 3600.0
 ARRIVE_S = 120.0
+POLL_S = 2.0  # between two looks at Airflow
 LINE_S = 10.0  # between two lines of progress where nothing else happens
 
 console = Console(highlight=False)
@@ -236,7 +237,7 @@ def _turn(fleet: Fleet, airflow: Airflow, clock: Clock, manual: bool) -> dict[st
                 t.name for t in current.tasks if t.state in ("running", "awaiting_input", "up_for_reschedule")
             ]
             clock.say(f"  [dim]{', '.join(running) or 'between tasks'} …[/dim]")
-        time.sleep(1)
+        time.sleep(POLL_S)
 
 
 def _name_of(airflow: Airflow, run_id: str) -> str:

@@ -37,7 +37,7 @@ from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport
 from flywheel.store import Store
 
 IDLE, WORK, QUIT = 0, 1, 2
-IDLE_S = 1.0  # between two looks of a fleet that does not work
+IDLE_S = 4.0  # between two looks of a fleet that does not work
 BATCH = 3  # attempts to one piece of evidence
 _PR_SET_PDEATHSIG = 1
 _ONE_THREAD = {
@@ -119,6 +119,7 @@ class SimulatedRobot:
                 settings.edge.policy_hz,
                 settings.twin.shift,
             ),
+            make_room=self._spool.queue.make_room,
         )
         loop.recorder = self._recorder
         self._shadow: Shadowed | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 from flywheel.release import Publisher
@@ -22,6 +23,7 @@ from flywheel.store import Store
 from tests.deliveries import stable
 
 ROBOTS = ("r1", "r2", "r3", "r4")
+BATCHES = 4  # of evidence, from each robot in each stage
 
 
 class ReportingFleet:
@@ -38,9 +40,10 @@ class ReportingFleet:
         self.candidate_successes = candidate_successes  # of 40
         self.approver = approver  # who promotes as soon as that is possible; "" for nobody
         self._n = 0
+        self._batches = Counter[RolloutStage]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
-        self.loaded = dict.fromkeys(ROBOTS, self.base)
+        self.loaded: dict[str, str] = {}
         self.report()
 
     def report(self) -> None:
@@ -50,8 +53,10 @@ class ReportingFleet:
         assert stable_release is not None
         for robot in ROBOTS:
             trying = state is not None and self._tries(state, robot)
-            assert state is not None or not trying
-            self.loaded[robot] = state.bundle_digest if state and trying else stable_release.digest
+            wanted = state.bundle_digest if state and trying else stable_release.digest
+            if self.loaded.get(robot) == wanted:
+                continue
+            self.loaded[robot] = wanted
             report = RobotReport(
                 site="lab", robot=robot, t_unix_ns=time.time_ns(), loaded_digest=self.loaded[robot]
             )
@@ -68,6 +73,9 @@ class ReportingFleet:
         return state.stage is RolloutStage.WIDE
 
     def _evidence(self, state: RolloutState) -> None:
+        if self._batches[state.stage] == BATCHES:
+            return  # each look reads them all
+        self._batches[state.stage] += 1
         self._n += 1
         for robot in ROBOTS:
             if state.stage is RolloutStage.SHADOW and _in_cohort(state, robot):
@@ -108,7 +116,7 @@ class ReportingFleet:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(1.0):
             self.report()
 
 

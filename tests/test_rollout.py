@@ -445,7 +445,7 @@ class AnyRollout(RuleBasedStateMachine):
 
 
 TestAnyRollout = AnyRollout.TestCase
-TestAnyRollout.settings = hypothesis_settings(max_examples=100, stateful_step_count=15, deadline=None)
+TestAnyRollout.settings = hypothesis_settings(max_examples=60, stateful_step_count=15, deadline=None)
 
 
 # ── the stage: store, publisher, robots ─────────────────────────────────────────────────────────────

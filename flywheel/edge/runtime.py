@@ -1,9 +1,9 @@
 """The runtime on the wall clock: starts System 1 and System 2, watches them, and sums up what they did.
 
 The supervisor is ordinary Python at ordinary priority. It may stall or be killed: System 1 sees its
-heartbeat go stale and ramps to rest; it ends if the supervisor is gone. System 2 may stall, crash or be killed: System 1 walks down the
-stale ladder, and the supervisor starts it again with growing pauses. Leaving ``Wall``, by whatever way, ends
-both.
+heartbeat go stale and ramps to rest; it ends if the supervisor is gone. System 2 may stall, crash or be
+killed: System 1 walks down the stale ladder, and the supervisor starts it again with growing pauses. Leaving
+``Wall``, by whatever way, ends both.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def in_airflow(code: str, **environ: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
