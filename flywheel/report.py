@@ -147,7 +147,7 @@ def _success(doc: dict[str, Any]) -> str:
     axes.set_yticks(range(len(doc["success"])), list(doc["success"]))
     axes.set_xlim(0, 100)
     axes.set_xlabel("success, % (95 % Wilson interval)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 
@@ -171,7 +171,7 @@ def _failures(doc: dict[str, Any]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("failed attempts")
     if reasons:
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 

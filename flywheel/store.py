@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -203,13 +203,14 @@ class Store:
         finally:
             part.unlink(missing_ok=True)
 
-    def stream(self, key: str) -> Iterator[bytes]:
+    def stream(self, key: str) -> Generator[bytes]:
         """An object's bytes in pieces as they arrive, once and **unverified**: for a reader that holds a
-        signed length and hash and must not take in more than that. Opened at once (``NotFound``)."""
+        signed length and hash and must not take in more than that. Opened at once (``NotFound``);
+        ``close()`` it unless it was read to its end."""
         with self._errors("GET", key):
             body = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
 
-        def pieces() -> Iterator[bytes]:
+        def pieces() -> Generator[bytes]:
             with body:
                 it = body.iter_chunks(PIECE_BYTES)
                 while True:

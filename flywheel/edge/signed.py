@@ -6,7 +6,7 @@ Nothing here decides what a robot runs, and nothing that fails to verify leaves 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ class SignedReleases:
     metadata are never accepted again."""
 
     def __init__(self, root: Path, store: Store, bootstrap: bytes) -> None:
-        self._metadata, self._store, self._bootstrap = root / "metadata", store, bootstrap
+        self._metadata, self._bootstrap = root / "metadata", bootstrap
+        self._fetcher = StoreFetcher(store)
         self._client: TufClient | None = None
 
     def refresh(self) -> None:
@@ -47,12 +48,12 @@ class SignedReleases:
         """
         self._client = None
         self._metadata.mkdir(parents=True, exist_ok=True)
-        with _verifying("release metadata"):
+        with self._fetcher, _verifying("release metadata"):
             client = TufClient(
                 str(self._metadata),
                 f"{RELEASES}/metadata/",
                 target_base_url=f"{RELEASES}/targets/",
-                fetcher=StoreFetcher(self._store),
+                fetcher=self._fetcher,
                 bootstrap=self._bootstrap,
             )
             client.refresh()
@@ -61,7 +62,7 @@ class SignedReleases:
     def offer(self, group: Group) -> Offer | None:
         """What a group offers (after ``refresh``): three files, and one release that they agree on."""
         client = self._require_client()
-        with _verifying(f"{group} release"):
+        with self._fetcher, _verifying(f"{group} release"):
             found = {n: client.get_targetinfo(f"{group.value}/{n}") for n in BUNDLE_FILES}
         files = {n: t for n, t in found.items() if t is not None}
         if not files:
@@ -94,7 +95,7 @@ class SignedReleases:
             if client.find_cached_target(target, str(path)) is not None:
                 continue
             part = path.with_name(f"{name}.part")
-            with _verifying(f"{offer.release.group}/{name}"):
+            with self._fetcher, _verifying(f"{offer.release.group}/{name}"):
                 client.download_target(target, str(part))
             with part.open("rb") as f:
                 os.fsync(f.fileno())
@@ -108,18 +109,30 @@ class SignedReleases:
 
 
 class StoreFetcher(FetcherInterface):
-    """python-tuf's transport over the store: urls are keys. python-tuf stops it at the signed length."""
+    """python-tuf's transport over the store: urls are keys. python-tuf stops it at the signed length, and
+    leaves it to ``with`` to hang up then."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._open: Generator[bytes] | None = None
+
+    def __enter__(self) -> StoreFetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _fetch(self, url: str) -> Iterator[bytes]:
+        self.__exit__()
         try:
-            return self._store.stream(url)
+            self._open = self._store.stream(url)
         except NotFound as e:
             raise DownloadHTTPError(str(e), 404) from None
         except StoreError as e:
             raise DownloadError(str(e)) from e
+        return self._open
 
 
 @contextmanager
