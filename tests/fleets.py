@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+from flywheel.errors import StageError
 from flywheel.release import Publisher
 from flywheel.rollout import RolloutState, active_rollout, approve
 from flywheel.schema import (
@@ -41,6 +43,7 @@ class ReportingFleet:
         self.approver = approver  # who promotes as soon as that is possible; "" for nobody
         self._n = 0
         self._batches = Counter[RolloutStage]()
+        self._error: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.loaded: dict[str, str] = {}
@@ -64,7 +67,8 @@ class ReportingFleet:
         if state is not None:
             self._evidence(state)
             if self.approver and state.stage is RolloutStage.APPROVAL:
-                approve(self.store, state.rollout_id, Verdict.PROMOTE, self.approver)
+                with suppress(StageError):  # it went on since it was read
+                    approve(self.store, state.rollout_id, Verdict.PROMOTE, self.approver)
 
     @staticmethod
     def _tries(state: RolloutState, robot: str) -> bool:
@@ -114,10 +118,15 @@ class ReportingFleet:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
-        while not self._stop.wait(1.0):
-            self.report()
+        try:
+            while not self._stop.wait(1.0):
+                self.report()
+        except Exception as e:  # for the thread that waits for us
+            self._error = e
 
 
 def _in_cohort(state: RolloutState, robot: str) -> bool:
