@@ -33,7 +33,7 @@ from flywheel.edge.spool import Spool
 from flywheel.edge.updater import Action, Updater
 from flywheel.errors import FlywheelError, ServiceError, StoreError
 from flywheel.robot import Image
-from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport
+from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport, bundle_digest
 from flywheel.store import Store
 
 IDLE, WORK, QUIT = 0, 1, 2
@@ -88,6 +88,7 @@ class SimulatedRobot:
         if self._updater.boot(self._warm_up) is None:
             polled = self._updater.poll(self._warm_up)
             if self._updater.active() is None:
+                self._updater.close()
                 raise ServiceError(
                     f"{robot}: no verified policy to start with: {polled.action}: {polled.reason}"
                 )
@@ -125,7 +126,7 @@ class SimulatedRobot:
         self._shadow: Shadowed | None = None
         self.counts: Counter[str] = Counter()
         self._batch: list[AttemptResult] = []
-        self._batches = 0
+        self._batches = int(time.time())  # so that a robot that starts again does not repeat a number
         self._mode = Mode.HOLD
         self.report()
 
@@ -159,10 +160,9 @@ class SimulatedRobot:
         if bundle is None:
             self._shadow = None
             return
-        candidate = Policy.load(bundle, self._settings.edge.onnx_threads)
         running = self._shadow
         if running is not None and (running.candidate.digest, running.digest) == (
-            candidate.digest,
+            bundle_digest(bundle),
             current.digest,
         ):
             return
@@ -179,6 +179,7 @@ class SimulatedRobot:
                 np.full(4, np.inf),
             )
         )
+        candidate = Policy.load(bundle, self._settings.edge.onnx_threads)
         comparison = Comparison(
             rollout,
             self.robot,
