@@ -161,7 +161,7 @@ def test_a_better_candidate_is_promoted_with_evidence_and_intervals(world: World
     assert lift.low is not None
     assert lift.value is not None
     assert 0 < lift.low < lift.value
-    assert lift.n == 40, "so clear a lift is seen at the first look, with half of the episodes"
+    assert lift.n == SETTINGS.episodes // 2, "so clear a lift is seen at the first look, with half of them"
     assert report.objection(bundle_digest(world.candidate), bundle_digest(world.current)) is None
 
 

@@ -40,17 +40,16 @@ def in_airflow(code: str, **environ: str) -> Any:
 
 @pytest.fixture(scope="module")
 def parsed() -> Any:
-    """What a DAG processor finds in the folder, and what that costs."""
+    """What a DAG processor finds in the folder, and what that imports."""
     return in_airflow(
         f"""
-        import json, resource, sys
+        import json, sys
         from airflow.dag_processing.dagbag import DagBag
         bag = DagBag({str(ROOT / "dags")!r}, collect_dags=False)
         bag.collect_dags()
         dag = bag.dags["wheel"]
         print(json.dumps({{
             "errors": bag.import_errors,
-            "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "heavy": [m for m in {HEAVY!r} if m in sys.modules],
             "dags": sorted(bag.dags),
             "max_active_runs": dag.max_active_runs,
@@ -73,7 +72,6 @@ def test_the_folder_parses_and_imports_nothing_heavy(parsed: Any) -> None:
     assert parsed["errors"] == {}
     assert parsed["dags"] == ["wheel"]
     assert parsed["heavy"] == []
-    assert parsed["rss_mb"] < 300  # torch and lerobot alone would take twice that
 
 
 def test_the_stages_run_in_order_and_none_is_missing(parsed: Any) -> None:
