@@ -193,6 +193,30 @@ def test_a_turn_that_claims_in_the_middle_of_anothers_claim_shares_no_episode(st
     assert sorted(owners(store)) == [episode_id(n) for n in range(5)]
 
 
+@pytest.mark.parametrize("step", range(1, operations_of_a_claim() + 1))
+def test_a_turn_that_dies_in_the_middle_of_anothers_claim_shares_no_episode(step: int) -> None:
+    for death in range(1, operations_of_a_claim() + 1):
+        store = filled(5)
+
+        def intrude(n: int, store: Inbox = store, death: int = death) -> None:
+            if n != step:
+                return
+
+            def kill(n: int) -> None:
+                if n == step + death:
+                    raise Killed
+
+            store.seam = kill
+            with suppress(Killed):
+                claim(store, "turn-b", 3)
+            store.seam = lambda _: None
+
+        store.seam = intrude
+        claim(store, "turn-a", 3)
+        drain(store)
+        assert {e: len(t) for e, t in owners(store).items()} == {episode_id(n): 1 for n in range(5)}, death
+
+
 @settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40), st.booleans()), min_size=1, max_size=8),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flywheel.edge.policy import LEAP_FACTOR, WORKSPACE_SLACK_M, Policy, check_actions, check_waypoints
@@ -72,6 +72,24 @@ def test_instructions_become_tokens_padded_on_the_right(bundle: Path) -> None:
     policy.infer(GREY, STATE, "move up up up up up up up")
     assert spy.fed["tokens"].tolist() == [[2, 1, 1, 1, 1, 1]]
     assert spy.fed["token_mask"].all()
+
+
+def test_padding_and_truncation_that_the_tokenizer_file_asks_for_are_left_to_the_bundle(
+    tmp_path: Path,
+) -> None:
+    directory = write_bundle(tmp_path / "b")
+    doc = json.loads((directory / "tokenizer.json").read_text())
+    doc["padding"] = {
+        "strategy": {"Fixed": 4}, "direction": "Left", "pad_to_multiple_of": None,
+        "pad_id": 1, "pad_type_id": 0, "pad_token": "[unk]",
+    }  # fmt: skip
+    doc["truncation"] = {"direction": "Left", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    (directory / "tokenizer.json").write_text(json.dumps(doc))
+    policy = Policy.load(directory)
+    spy = Spy(policy._session)
+    policy._session = spy
+    policy.infer(GREY, STATE, "move left")
+    assert spy.fed["tokens"].tolist() == [[2, 3, 0, 0, 0, 0]]
 
 
 def test_noise_is_fixed_and_guidance_is_off_unless_asked_for(bundle: Path) -> None:
@@ -156,6 +174,7 @@ def test_observations_that_do_not_fit_are_refused_by_name(bundle: Path) -> None:
         max_size=8,
     )
 )
+@example([0.0, 0.0, 1.0, -0.5, 1.0, 1.0, 0.0, 1.5])
 @settings(max_examples=200, deadline=None)
 def test_actions_are_finite_and_in_the_workspace_or_refused(values: list[float]) -> None:
     actions = np.array(values).reshape(2, 4)

@@ -155,13 +155,16 @@ def test_steps_are_not_skipped_from_standstill_however_long_inference_took() -> 
 
 
 def test_while_moving_a_chunk_is_joined_where_its_observation_says() -> None:
+    """Chunks that come 60 ms after their observation: what was executed meanwhile is not executed again."""
     rig = Rig()
     speed = 0.5
-    line = lambda: rig.send(  # noqa: E731
-        (rig.now * 1e-9 + 0.1 * np.arange(1, 17))[:, None] * np.full((1, JOINTS), speed)
-    )
-    rig.run(1.0, line)
-    rig.run(1.0, line)
+
+    def line() -> None:
+        seen = rig.now - 60 * MS
+        due = seen * 1e-9 + 0.1 * np.arange(1, 17)
+        rig.send((speed * due)[:, None] * np.ones((1, JOINTS)), t0_ns=seen)
+
+    rig.run(2.0, line)
     np.testing.assert_allclose(rig.robot.q, 2.0 * speed, atol=0.01)
     rig.check()
 

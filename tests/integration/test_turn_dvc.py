@@ -132,7 +132,7 @@ def test_sigterm_reaches_a_stage_and_a_failed_turn_is_an_experiment_too(
     store.put(manifest.replace("manifest.json", "control.parquet"), b"damaged")
     assert open_turn("turn-a") is not None
     problems = json.loads((home.home / "runs/turn-a/data/claims.json").read_text())["episodes"]
-    assert [(e["episode_id"], bool(e["problem"])) for e in problems] == [(good, False), (bad, True)]
+    assert {e["episode_id"]: bool(e["problem"]) for e in problems} == {good: False, bad: True}
     assert run_stage("turn-a", "curate") == 0
 
     monkeypatch.setenv("TEST_HANG", "label")
