@@ -38,11 +38,13 @@ def demo(
 
 
 def up(json: Json = False) -> None:
-    """Start the embedded store and Airflow, and leave them running."""
+    """Start the embedded store and Airflow, and leave them running; make signing keys if there are none."""
     from flywheel import services
     from flywheel.config import Deployment
+    from flywheel.release import Publisher
 
     e = services.up(Deployment.from_env().home, on_progress=_say)
+    Publisher(e.store(), e.home / "keys").init()
     found = {
         "store": e.store_url,
         "endpoint": e.store_endpoint,
