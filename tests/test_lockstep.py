@@ -200,12 +200,15 @@ def test_a_run_ends_when_told_and_goes_on_where_it_was(policy: Policy) -> None:
 def test_a_new_episode_starts_without_the_last_ones_chunks(policy: Policy) -> None:
     robot = Tiny(255)
     lock = make(policy, robot)
-    lock.run(1.05, TASK)
+    lock.run(1.01, TASK)  # a chunk is on its way: seen at 1.00, to be visible at 1.02
     robot.q[:] = robot.dq[:] = 0.0
     lock.reset()
     result = lock.run(0.1, TASK)
     assert result.modes == {"hold": 100}
-    assert lock.now_ns == 1150 * MS
+    assert lock.now_ns == 1110 * MS
+    rows = lock.rings.control.reader().poll().rows[-100:]
+    assert (rows["chunk_id"][:20] == -1).all()
+    assert (rows["chunk_id"][20:] == 11).all()
 
 
 def test_the_recorder_is_polled_every_period_and_at_the_end(policy: Policy) -> None:
