@@ -107,12 +107,13 @@ class ReplaySettings(Section):
 class TrainSettings(Section):
     """Fine-tuning of the current policy."""
 
-    steps: Count = 1000
+    steps: Count = 700
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of base data in a batch
     seed: Seed = 0
-    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch
+    threads: Annotated[int, Field(ge=1, le=256)] = 2  # of all processes together
     lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,7 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
     os.environ["FLYWHEEL_HOME"] = str(home)
     if not manual:
         os.environ["FLYWHEEL_APPROVERS"] = f"ops,{AUTO_APPROVER}"
-    clock.say("starting the object store and Airflow")
-    with services.session(
-        home, on_progress=lambda what, step: clock.say(f"  [dim]{what}[/dim] {step}")
-    ) as up:
+    with _running(home, base, settings, clock) as (up, publisher, fleet):
         clock.parts["services"] = clock.now
         os.environ.update(up.environ())
         console.print(
@@ -100,18 +97,14 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
             + ("  Approve there when asked.\n" if manual else f"  {AUTO_APPROVER} will approve for you.\n")
         )
         store = up.store()
-        publisher = Publisher(store, home / "keys")
-        bootstrap = publisher.init()
-        publisher.publish_first(base)
-        with Fleet(home, up.environ(), settings, bootstrap) as fleet:
-            before = _collect(fleet, settings, clock)
-            turned = _turn(fleet, Airflow(home), clock, manual)
-            _require_done(turned, store, home)
-            stable = publisher.current(Group.STABLE)
-            assert stable is not None
-            robots = _arrived(fleet, store, stable.digest, clock)
-            after = fleet.poll()
-            fleet_counts = {r: dict(c) for r, c in after.counts.items()}
+        before = _collect(fleet, settings, clock)
+        turned = _turn(fleet, Airflow(home), clock, manual)
+        _require_done(turned, store, home)
+        stable = publisher.current(Group.STABLE)
+        assert stable is not None
+        robots = _arrived(fleet, store, stable.digest, clock)
+        fleet_counts = {r: dict(c) for r, c in fleet.poll().counts.items()}
+        fleet.close()  # what is measured now has both cores to itself
         candidate = _fetch(store, stable.digest, home / "candidate")
         results = _measure(base, candidate, clock)
         with clock.part("tracking on the wall clock"):
@@ -142,19 +135,47 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
     return report
 
 
+@contextmanager
+def _running(
+    home: Path, base: Path, settings: Settings, clock: Clock
+) -> Iterator[tuple[services.Endpoints, Publisher, Fleet]]:
+    """Store, Airflow and robots. The robots need no Airflow, so they work while it is still starting."""
+    with ExitStack() as robots:
+        begun: list[tuple[Publisher, Fleet]] = []
+
+        def begin(store: services.Endpoints) -> None:
+            os.environ.update(store.environ())
+            publisher = Publisher(store.store(), home / "keys")
+            bootstrap = publisher.init()
+            publisher.publish_first(base)
+            fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap))
+            begun.append((publisher, fleet))
+            fleet.set(WORK)
+            clock.say(
+                f"{settings.twin.robots} robots work in [b]{settings.twin.shift}[/b] with the base policy, "
+                f"until {settings.trigger.min_episodes} failures are in the store"
+            )
+
+        clock.say("starting the object store and Airflow")
+        with (
+            services.session(
+                home,
+                on_progress=lambda what, step: clock.say(f"  [dim]{what}[/dim] {step}"),
+                on_store=begin,
+            ) as up,
+            robots.pop_all(),
+        ):
+            yield up, *begun[0]
+
+
 def _both(base: Path, candidate: Path) -> tuple[tuple[str, Path], ...]:
     return ("base", base), ("candidate", candidate)
 
 
 def _collect(fleet: Fleet, settings: Settings, clock: Clock) -> dict[str, int]:
-    """Robots work until enough failures are in the store to start a turn."""
+    """Wait until enough failures are in the store to start a turn."""
     wanted = settings.trigger.min_episodes
-    clock.say(
-        f"{settings.twin.robots} robots work in [b]{settings.twin.shift}[/b] with the base policy, "
-        f"until {wanted} failures are in the store"
-    )
-    with clock.part("failures"):
-        fleet.set(WORK)
+    with clock.part("failures, after the start"):
         shown, begin = 0.0, clock.now
         while (p := fleet.poll()).total("uploaded") < wanted:
             if clock.now - begin > FLEET_LIMIT_S:

@@ -9,7 +9,6 @@ that started them. Ctrl-C reaches the parent only; leaving the ``Evaluator`` end
 
 from __future__ import annotations
 
-import ctypes
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ import numpy as np
 from pydantic import Field
 
 from flywheel.errors import BundleError, FlywheelError, StageError
+from flywheel.parent import die_with_parent
 from flywheel.schema import BUNDLE_FILES, Outcome, Proportion, Strict, bundle_digest
 from flywheel.stats import paired_difference, percentiles, wilson
 
@@ -339,7 +339,7 @@ class Evaluator:
 def _work(conn: Connection, make: Callable[[Path, str], Runner], parent: int) -> None:
     """A worker's life: jobs in, ``Attempted`` or an error out, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it ends us
-    _die_with(parent)
+    die_with_parent(signal.SIGKILL, parent)
     loaded: dict[tuple[Path, str], Runner] = {}
     while True:
         try:
@@ -419,12 +419,3 @@ def _environment(extra: dict[str, str]) -> Iterator[None]:
         for k in extra:
             del os.environ[k]
         os.environ.update(before)
-
-
-def _die_with(parent: int) -> None:
-    """Be killed by the kernel when the parent ends, however it ends (Linux; elsewhere the pipe's end)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call
-            os._exit(1)

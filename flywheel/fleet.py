@@ -9,7 +9,6 @@ looks for releases and reports).
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -32,6 +31,7 @@ from flywheel.edge.shadow import Comparison
 from flywheel.edge.spool import Spool
 from flywheel.edge.updater import Action, Updater
 from flywheel.errors import FlywheelError, ServiceError, StoreError
+from flywheel.parent import die_with_parent
 from flywheel.robot import Image
 from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport, bundle_digest
 from flywheel.store import Store
@@ -39,7 +39,6 @@ from flywheel.store import Store
 IDLE, WORK, QUIT = 0, 1, 2
 IDLE_S = 4.0  # between two looks of a fleet that does not work
 BATCH = 3  # attempts to one piece of evidence
-_PR_SET_PDEATHSIG = 1
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -323,6 +322,10 @@ class Fleet:
         return self.progress
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let every robot seal and send what is open, and end the workers. May be called twice."""
         self._goal.value = QUIT
         for w in self._workers:
             w.join(30)
@@ -346,9 +349,7 @@ def _work(
     parent: int,
 ) -> None:
     """A worker: its robots take turns."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(signal.SIGKILL, parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environ | _ONE_THREAD)
     try:

@@ -7,7 +7,6 @@ patch) and from the store (episodes, stage outputs), so any machine can make it 
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -34,7 +33,6 @@ from flywheel.store import embedded_store
 PATCH_MAX_BYTES = 64 << 20  # uncommitted state that a turn takes along
 STOP_GRACE_S = 20.0  # from SIGTERM to SIGKILL: a training writes its checkpoint meanwhile
 TURN_VARIABLE = "FLYWHEEL_TURN"  # marks every process of a turn, so that leftovers are found
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,12 +275,6 @@ def supervise(
     if received:
         return 128 + received[0]
     return code if code >= 0 else 128 - code
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere no effect)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill_group(group: int, signum: int) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flywheel.config import Deployment
@@ -29,7 +29,7 @@ LOCK_S = 300.0
 
 Progress = Callable[[str, str], None]  # (service, what it is doing)
 
-_watchdogs: dict[Path, Watchdog] = {}
+_watchdogs: dict[Path, list[Watchdog]] = {}
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,22 @@ class Endpoints:
         return child_environ(self.store_environ, self.home)
 
 
+OnStore = Callable[[Endpoints], None]
+
+
 def up(
     home: Path,
     *,
     with_airflow: bool = True,
     foreground: bool = False,
     on_progress: Progress = lambda _service, _step: None,
+    on_store: OnStore = lambda _endpoints: None,
 ) -> Endpoints:
     """Start what is not running and wait until it is healthy; idempotent.
 
-    The embedded store is left out if AWS_ENDPOINT_URL or FLYWHEEL_STORE names another. If this fails or is
-    interrupted, what it had started is stopped again. Raises ``ServiceError``, ``StoreError``.
+    ``on_store`` is called once the store can be used, while Airflow is still on its way. The embedded store
+    is left out if AWS_ENDPOINT_URL or FLYWHEEL_STORE names another. If this fails or is interrupted, what it
+    had started is stopped again. Raises ``ServiceError``, ``StoreError``.
     """
     if sys.platform != "linux":
         raise ServiceError("the embedded services need Linux; elsewhere run them in a container")
@@ -88,7 +93,7 @@ def up(
             missing.append(AIRFLOW)
         watchdog = Watchdog(home, missing) if missing else None
         try:
-            store_environ = _start(deployment, missing, ceph, airflow, on_progress)
+            endpoints = _start(deployment, missing, ceph, airflow, on_progress, on_store)
         except BaseException:
             _stop(home, missing)
             if watchdog is not None:
@@ -96,18 +101,16 @@ def up(
             raise
     if watchdog is not None:
         if foreground:
-            _watchdogs[home] = watchdog
+            _watchdogs.setdefault(home, []).append(watchdog)
         else:
             watchdog.release()
-    return Endpoints(
-        home=home,
-        store_url=store_environ.get("FLYWHEEL_STORE", deployment.store_url),
-        store_endpoint=store_environ.get("AWS_ENDPOINT_URL", deployment.endpoint),
-        airflow_url=airflow.url if with_airflow else None,
-        airflow_user=APPROVER if with_airflow else None,
-        airflow_password=airflow.passwords()[APPROVER] if with_airflow else None,
-        started=tuple(missing),
-        store_environ=store_environ,
+    if not with_airflow:
+        return endpoints
+    return replace(
+        endpoints,
+        airflow_url=airflow.url,
+        airflow_user=APPROVER,
+        airflow_password=airflow.passwords()[APPROVER],
     )
 
 
@@ -117,16 +120,22 @@ def down(
     """Stop the named services with all that they run; what is stopped already is left so."""
     home = home.absolute()
     stop(home, services, on_progress or (lambda _service, _step: None))
-    if (watchdog := _watchdogs.pop(home, None)) is not None:
+    for watchdog in _watchdogs.pop(home, ()):
         watchdog.release()
 
 
 @contextmanager
 def session(
-    home: Path, *, with_airflow: bool = True, on_progress: Progress = lambda _service, _step: None
+    home: Path,
+    *,
+    with_airflow: bool = True,
+    on_progress: Progress = lambda _service, _step: None,
+    on_store: OnStore = lambda _endpoints: None,
 ) -> Iterator[Endpoints]:
     """Services for the time of a ``with`` block. What ran before is used, and left running."""
-    endpoints = up(home, with_airflow=with_airflow, foreground=True, on_progress=on_progress)
+    endpoints = up(
+        home, with_airflow=with_airflow, foreground=True, on_progress=on_progress, on_store=on_store
+    )
     try:
         yield endpoints
     finally:
@@ -147,9 +156,14 @@ def stop(home: Path, services: Iterable[str], on_progress: Progress = lambda _se
 
 
 def _start(
-    deployment: Deployment, missing: list[str], ceph: Ceph, airflow: Airflow, on_progress: Progress
-) -> dict[str, str]:
-    """Start the missing services, as much at once as can be; return the store's environment."""
+    deployment: Deployment,
+    missing: list[str],
+    ceph: Ceph,
+    airflow: Airflow,
+    on_progress: Progress,
+    on_store: OnStore,
+) -> Endpoints:
+    """Start the missing services, as much at once as can be; return where the store is."""
     home = deployment.home
     with ThreadPoolExecutor(1) as pool:
         migrated = None
@@ -168,16 +182,32 @@ def _start(
                 external.ensure_bucket()
                 external.probe()
             on_progress(STORE, "ready")
+            endpoints = _endpoints(deployment, missing)
+            on_store(endpoints)
             if migrated is not None:
                 migrated.result()
         except BaseException:
             process.end_marked(airflow.mark, timeout_s=2.0)  # or leaving the block would wait for it
             raise
-    environ = _store_environ(deployment)
     if AIRFLOW in missing:
-        airflow.up(child_environ(environ, home), _where(deployment), lambda step: on_progress(AIRFLOW, step))
+        airflow.up(endpoints.environ(), _where(deployment), lambda step: on_progress(AIRFLOW, step))
         on_progress(AIRFLOW, "ready")
-    return environ
+    return endpoints
+
+
+def _endpoints(deployment: Deployment, started: list[str]) -> Endpoints:
+    """The store, and nothing of Airflow yet."""
+    environ = _store_environ(deployment)
+    return Endpoints(
+        home=deployment.home,
+        store_url=environ.get("FLYWHEEL_STORE", deployment.store_url),
+        store_endpoint=environ.get("AWS_ENDPOINT_URL", deployment.endpoint),
+        airflow_url=None,
+        airflow_user=None,
+        airflow_password=None,
+        started=tuple(started),
+        store_environ=environ,
+    )
 
 
 def _where(deployment: Deployment) -> str:

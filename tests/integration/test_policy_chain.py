@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from flywheel.attempt import Attempt
 from flywheel.config import ExportSettings, RecorderSettings, TrainSettings
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.errors import BundleError, StageError
+from flywheel.errors import BundleError, ConfigError, StageError
 from flywheel.schema import EPISODE_FILES, Outcome, bundle_digest, sha256_file
 
 pytestmark = pytest.mark.integration
@@ -84,32 +86,38 @@ def test_a_checkpoint_without_its_backbone_is_named(tmp_path: Path) -> None:
         export(tmp_path / "half", tmp_path / "bundle")
 
 
-def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(tmp_path: Path) -> None:
+def write_demonstrations(directory: Path, shift: str) -> None:
+    """Four demonstrations as a dataset."""
+    from flywheel.dataset import Clip, write_dataset
+    from flywheel.twin.demonstrate import demonstrate
+    from flywheel.twin.shift import shift as named
+
+    clips = [
+        Clip(
+            d.instruction,
+            {"wrist": d.images},
+            d.states,
+            d.actions,
+            np.arange(len(d.states)) * 100_000_000,
+            np.ones(len(d.states), bool),
+        )
+        for d in demonstrate(named(shift), 4, seed=1)
+    ]
+    write_dataset(directory, clips, 10)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(
+    tmp_path: Path, processes: int
+) -> None:
     from safetensors.numpy import load_file
 
-    from flywheel.dataset import Clip, write_dataset
     from flywheel.export import export
     from flywheel.train import train
-    from flywheel.twin.demonstrate import demonstrate
-    from flywheel.twin.shift import FACTORY, LAB
 
-    def clips(name: str) -> list[Clip]:
-        shift = {"new": FACTORY, "old": LAB}[name]
-        return [
-            Clip(
-                d.instruction,
-                {"wrist": d.images},
-                d.states,
-                d.actions,
-                np.arange(len(d.states)) * 100_000_000,
-                np.ones(len(d.states), bool),
-            )
-            for d in demonstrate(shift, 4, seed=1)
-        ]
-
-    for name in ("new", "old"):
-        write_dataset(tmp_path / name, clips(name), 10)
-    steps = TrainSettings(steps=3, batch_size=8, threads=1)
+    write_demonstrations(tmp_path / "new", "factory")
+    write_demonstrations(tmp_path / "old", "lab")
+    steps = TrainSettings(steps=3, batch_size=8, threads=1, processes=processes)
     result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=tmp_path / "old")
     assert np.isfinite(result.loss)
     assert result.shares[0] == pytest.approx(0.5, abs=0.2)
@@ -121,6 +129,39 @@ def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(tmp_
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     (tmp_path / "out").rename(tmp_path / "moved")
     assert export(tmp_path / "moved", tmp_path / "bundle").parity_max < 1e-4
+
+
+def test_a_training_process_that_is_killed_ends_the_others_and_the_stage(tmp_path: Path) -> None:
+    from multiprocessing import active_children
+
+    from flywheel.train import ranks
+    from flywheel.train.loop import Job
+    from flywheel.vla import working_copy
+
+    start = working_copy(BASE, tmp_path / "start")
+    write_demonstrations(tmp_path / "data", "lab")
+    settings = TrainSettings(steps=10_000, batch_size=8, threads=1, processes=2)
+    victims: list[int] = []
+
+    def kill(step: int, loss: float, rate: float) -> None:
+        del step, loss, rate
+        if not victims:
+            victims.extend(p.pid for p in active_children()[1:] if p.pid is not None)
+            os.kill(victims[0], signal.SIGKILL)
+
+    with pytest.raises(StageError, match="training process"):
+        ranks.run(Job(start, (tmp_path / "data",), tmp_path / "run", settings), kill)
+    assert victims
+    assert not active_children()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
+    from flywheel.train import ranks
+    from flywheel.train.loop import Job
+
+    settings = TrainSettings(batch_size=9, processes=2)
+    with pytest.raises(ConfigError, match=r"train\.batch_size=9: must be a multiple of train\.processes=2"):
+        ranks.run(Job(tmp_path, (tmp_path,), tmp_path, settings), lambda *_: None)
 
 
 def test_training_on_a_policy_that_is_not_there_says_so(tmp_path: Path) -> None:
