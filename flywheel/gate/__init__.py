@@ -229,8 +229,8 @@ class _Gate:
         seeds = scene_seeds([*self.entropy, *b"wall"], s.wall_pairs)
         runs = wall.Runs((), ())
         checks: list[Check] = []
-        for look in range(1, s.looks + 1):
-            for i in range(len(runs.current), math.ceil(s.wall_pairs * look / s.looks)):
+        for look in range(1, s.wall_looks + 1):
+            for i in range(len(runs.current), math.ceil(s.wall_pairs * look / s.wall_looks)):
                 self.progress("wall clock", i, s.wall_pairs)
                 order = (0, 1) if i % 2 == 0 else (1, 0)  # whatever drifts in a pair is shared by both sides
                 try:
@@ -240,7 +240,7 @@ class _Gate:
                 if got[0] is None or got[1] is None:
                     return [task.hold(name, "a run gave no result") for name in wall.CHECKS]
                 runs = wall.Runs((*runs.current, got[0]), (*runs.candidate, got[1]))
-            checks = wall.checks(runs, (self.digests[0], self.digests[1]), s, s.looks)
+            checks = wall.checks(runs, (self.digests[0], self.digests[1]), s)
             if all(c.verdict is not Verdict.HOLD for c in checks):
                 break
         self.progress("wall clock", s.wall_pairs, s.wall_pairs)

@@ -70,11 +70,11 @@ def real_run(bundle: Path, shift: str, seconds: float, seed: int) -> WallResult:
     return run_wall(bundle, shift, seconds, seed)
 
 
-def checks(runs: Runs, digests: tuple[str, str], settings: GateSettings, looks: int) -> list[Check]:
+def checks(runs: Runs, digests: tuple[str, str], settings: GateSettings) -> list[Check]:
     """One check per figure; all hold where a run is missing, too short or of another bundle."""
     if problem := _unusable(runs, digests, settings):
         return [hold(name, problem) for name in CHECKS]
-    level = 1 - 2 * (1 - settings.confidence) / looks
+    level = 1 - 2 * (1 - settings.confidence) / settings.wall_looks
     return [_faults(runs), *(_compare(bar, runs, level, settings) for bar in BARS)]
 
 

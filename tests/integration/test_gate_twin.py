@@ -131,7 +131,7 @@ def test_an_unknown_shift_and_a_broken_graph_are_named(hover: Path, tmp_path: Pa
 def test_the_gate_runs_everything_and_does_not_promote_what_lifts_nothing(
     hover: Path, creep: Path, tmp_path: Path
 ) -> None:
-    settings = GateSettings(episodes=3, lab_episodes=3, looks=1, wall_s=1.0, wall_pairs=2)
+    settings = GateSettings(episodes=3, lab_episodes=3, looks=1, wall_s=1.0, wall_pairs=2, wall_looks=1)
     stages: set[str] = set()
     report = gate(
         creep, hover, tmp_path, settings,
