@@ -118,6 +118,7 @@ def decide(option: str, name: str, rollout_id: str, answer: Mapping[str, Any]) -
     try:
         rollout.approve(
             store,
+            publisher,
             rollout_id,
             verdict,
             by,

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 from collections.abc import Hashable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -148,7 +149,9 @@ class RolloutSettings(Section):
     shadow_episodes: Count = 4
     canary_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
     canary_episodes: Count = 12
-    wide_episodes: Count = 12
+    waves: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)  # shares
+    site_cap: Annotated[int, Field(ge=0)] = 0  # robots of one site that try it before the last wave; 0: any
+    wide_episodes: Count = 12  # of the candidate, in each wave
     approval_timeout_s: Positive = 24 * 3600.0
     max_drop: Fraction = 0.1  # success that may be lost before it is rolled back
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
@@ -161,6 +164,14 @@ class RolloutSettings(Section):
     max_invalid_per_episode: Annotated[float, Field(ge=0)] = 0.1  # chunks that are not finite or out of range
     max_infer_ms: Positive = 80.0  # p99 of the candidate's inference on the robots
     max_shadow_rms: Positive = 0.3  # of the candidate's from today's actions; beyond it nobody meant this
+
+    @model_validator(mode="after")
+    def _waves_grow(self) -> Self:
+        if self.waves[-1] != 1.0 or any(a >= b for a, b in pairwise(self.waves)):
+            raise ValueError(
+                f"waves = {list(self.waves)}: must be growing shares of the fleet, the last one 1.0"
+            )
+        return self
 
 
 class TriggerSettings(Section):

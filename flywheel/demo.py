@@ -146,7 +146,7 @@ def _running(
         def begin(store: services.Endpoints) -> None:
             os.environ.update(store.environ())
             publisher = Publisher(store.store(), home / "keys")
-            bootstrap = publisher.init()
+            bootstrap = publisher.init(Deployment.from_env().approvers)
             publisher.publish_first(base)
             fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap))
             begun.append((publisher, fleet))

@@ -337,10 +337,11 @@ EVERYONE = 1 << 32  # draws lie in [0, EVERYONE)
 
 
 class Group(StrEnum):
-    """The two lines of releases; each has its own signing keys."""
+    """The lines of releases. The canary's has keys of its own; the other two share theirs."""
 
-    CANARY = "canary"
-    STABLE = "stable"
+    CANARY = "canary"  # a candidate, for its cohort
+    WAVE = "wave"  # a candidate that was approved, for a growing share of the fleet
+    STABLE = "stable"  # everybody else's
 
 
 class Release(Strict):
@@ -355,12 +356,74 @@ class Release(Strict):
     gate_digest: str = ""  # of the gate report; "" for a first policy that replaced nothing
     rollout_id: str = ""
     cohort_below: Annotated[int, Field(ge=0, le=EVERYONE)] = EVERYONE  # smaller draws may take it
+    site_below: dict[str, Annotated[int, Field(ge=0, le=EVERYONE)]] = {}  # tighter bounds, by site
     acting: bool = True  # False: a robot may stage and compare it, never act by it
     minimum_runtime: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = "0.1.0"
     revokes: tuple[str, ...] = ()  # bundle digests that must not be fallen back to
     approval_digest: str = ""  # sha256 of the approval that put it into ``stable``
     git_rev: str = ""
     experiment: str = ""
+
+    def admits(self, robot: str, site: str) -> bool:
+        """Whether a robot is of those that may take it."""
+        bound = min(self.cohort_below, self.site_below.get(site, EVERYONE))
+        return cohort_draw(self.rollout_id, robot) < bound
+
+
+class Who(Strict):
+    """One robot, or every robot of a site."""
+
+    robot: Annotated[str, Field(pattern=ROBOT_NAME)] | None = None
+    site: Annotated[str, Field(pattern=ROBOT_NAME)] | None = None
+    by: str = Field(min_length=1, max_length=200)
+    reason: str = Field(min_length=1, max_length=2000)
+
+    @model_validator(mode="after")
+    def _one(self) -> Who:
+        if (self.robot is None) == (self.site is None):
+            raise ValueError("name either a robot or a site")
+        return self
+
+    def means(self, robot: str, site: str) -> bool:
+        """Whether a robot of a site is meant."""
+        return robot == self.robot if self.robot is not None else site == self.site
+
+
+class Pin(Who):
+    """Runs this bundle and no other, whatever is released, until the pin is lifted or the bundle revoked."""
+
+    digest: str = Field(pattern=DIGEST)
+
+
+class HoldBack(Who):
+    """Takes no other bundle than it runs before a time, unless that one is revoked."""
+
+    until_unix_ns: int = Field(ge=0)
+
+
+PLAN_TARGET = "plan/plan.json"
+
+
+class FleetPlan(Strict):
+    """Exceptions from what is released, signed like a stable release; a robot's own go first."""
+
+    schema_version: Literal[1] = 1
+    pins: tuple[Pin, ...] = ()
+    holds: tuple[HoldBack, ...] = ()
+
+    def pin(self, robot: str, site: str) -> Pin | None:
+        """The pin that a robot obeys."""
+        meant = [p for p in self.pins if p.means(robot, site)]
+        return min(meant, key=lambda p: p.robot is None, default=None)
+
+    def held(self, robot: str, site: str, now_unix_ns: int) -> HoldBack | None:
+        """The hold-back that a robot obeys now."""
+        meant = [h for h in self.holds if h.means(robot, site) and now_unix_ns < h.until_unix_ns]
+        return max(meant, key=lambda h: h.until_unix_ns, default=None)
+
+    def excepts(self, robot: str, site: str, now_unix_ns: int) -> bool:
+        """Whether a robot does not follow what is released."""
+        return self.pin(robot, site) is not None or self.held(robot, site, now_unix_ns) is not None
 
 
 def cohort_draw(rollout_id: str, robot: str) -> int:

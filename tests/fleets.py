@@ -36,7 +36,7 @@ class ReportingFleet:
     ) -> None:
         self.store = store
         self.publisher = Publisher(store, keys)
-        self.publisher.init()
+        self.publisher.init((approver,) if approver else ())
         self.publisher.publish(base, stable(base))
         self.base = bundle_digest(base)
         self.candidate_successes = candidate_successes  # of 40
@@ -68,7 +68,7 @@ class ReportingFleet:
             self._evidence(state)
             if self.approver and state.stage is RolloutStage.APPROVAL:
                 with suppress(StageError):  # it went on since it was read
-                    approve(self.store, state.rollout_id, Verdict.PROMOTE, self.approver)
+                    approve(self.store, self.publisher, state.rollout_id, Verdict.PROMOTE, self.approver)
 
     @staticmethod
     def _tries(state: RolloutState, robot: str) -> bool:

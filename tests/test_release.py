@@ -403,7 +403,7 @@ def test_keys_are_private_and_appear_in_no_log_and_no_object(
     publisher.publish_first(make_bundle(tmp_path, "base"))
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
     pems = sorted((tmp_path / "keys").glob("*.pem"))
-    assert len(pems) == 11
+    assert len(pems) == 12
     said = caplog.text.encode() + b"".join(data for data, _ in store.server.objects.values())
     for pem in pems:
         assert stat.S_IMODE(pem.stat().st_mode) == 0o600

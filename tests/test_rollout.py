@@ -460,8 +460,9 @@ class Site:
         self.root = root
         self.clock = Clock()
         self.store = BucketStore()
+        self.store.server.clock = self.clock.utc
         self.publisher = Publisher(self.store, root / "keys")
-        self.publisher.init()
+        self.publisher.init(("op",))
         self.base, self.new = make_bundle(root, "base"), make_bundle(root, "new")
         self.publisher.publish_first(self.base)
         self.candidate = upload(self.store, self.new)
@@ -568,7 +569,7 @@ class Site:
 
     def to_wide(self) -> None:
         self.to_approval()
-        rollout.approve(self.store, self.id, Verdict.PROMOTE, "op", clock_ns=self.clock)
+        rollout.approve(self.store, self.publisher, self.id, Verdict.PROMOTE, "op", clock_ns=self.clock)
         assert self.look().state.stage is RolloutStage.WIDE
 
 
@@ -593,7 +594,9 @@ def test_rollout_from_start_to_every_robot(site: Site) -> None:
     waiting = site.look()
     assert waiting.state.stage is RolloutStage.APPROVAL
     assert not site.look().changed
-    approval = rollout.approve(site.store, site.id, Verdict.PROMOTE, "op", "looks good", clock_ns=site.clock)
+    approval = rollout.approve(
+        site.store, site.publisher, site.id, Verdict.PROMOTE, "op", "looks good", clock_ns=site.clock
+    )
     assert site.look().state.stage is RolloutStage.WIDE
     assert set(site.poll().values()) == {site.candidate}
     assert not site.look().state.over  # too few episodes since
@@ -629,13 +632,15 @@ def test_bad_canary_is_rolled_back_and_its_robots_return(site: Site) -> None:
     assert set(site.poll().values()) == {bundle_digest(site.base)}
     assert site.publisher.current(Group.CANARY) is None
     with pytest.raises(StageError, match="is rolled back"):
-        rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op")
+        rollout.approve(site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op")
 
 
 def test_candidate_that_turns_bad_when_wide_is_taken_back_from_everyone_and_revoked(site: Site) -> None:
     site.to_wide()
     assert set(site.poll().values()) == {site.candidate}
-    rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op", "it drops boxes", clock_ns=site.clock)
+    rollout.approve(
+        site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op", "it drops boxes", clock_ns=site.clock
+    )
     assert site.look().state.stage is RolloutStage.ROLLED_BACK
     assert set(site.poll().values()) == {bundle_digest(site.base)}
     stable = site.publisher.current(Group.STABLE)
@@ -653,14 +658,14 @@ def test_done_rollout_can_be_taken_back_and_a_later_one_is_not_touched(site: Sit
     stable = site.publisher.current(Group.STABLE)
     assert stable is not None
     assert stable.digest == bundle_digest(later)
-    rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op", clock_ns=site.clock)
+    rollout.approve(site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op", clock_ns=site.clock)
     assert site.look().state.stage is RolloutStage.ROLLED_BACK
     assert site.publisher.current(Group.STABLE) == stable
 
 
 def test_gate_report_replaced_under_a_rollout_holds_it(site: Site) -> None:
     site.to_approval()
-    rollout.approve(site.store, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
+    rollout.approve(site.store, site.publisher, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
     other = site.store.get(f"gates/{site.report(note='another')}.json")
     site.store.server.overwrite(f"gates/{site.gate}.json", other)
     look = site.look()
@@ -717,7 +722,7 @@ def test_second_rollout_waits_for_the_first(site: Site) -> None:
     site.to_canary()
     with pytest.raises(StageError, match="is under way"):
         site.start(site.report(note="another"))
-    rollout.approve(site.store, site.id, Verdict.HOLD, "op", clock_ns=site.clock)
+    rollout.approve(site.store, site.publisher, site.id, Verdict.HOLD, "op", clock_ns=site.clock)
     assert site.look().state.stage is RolloutStage.HELD
     site.gate = site.report(note="another")
     assert site.start().stage is RolloutStage.SHADOW
@@ -733,15 +738,15 @@ def test_start_again_returns_the_rollout_that_is_there(site: Site) -> None:
 def test_decisions_that_cannot_take_effect_are_refused(site: Site) -> None:
     site.start()
     with pytest.raises(StageError, match="nothing to approve"):
-        rollout.approve(site.store, site.id, Verdict.PROMOTE, "op")
+        rollout.approve(site.store, site.publisher, site.id, Verdict.PROMOTE, "op")
     with pytest.raises(StageError, match="void: the bundle is"):
-        rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op", bundle_digest="9" * 64)
+        rollout.approve(site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op", bundle_digest="9" * 64)
     with pytest.raises(StageError, match="void: the gate report is"):
-        rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op", gate_digest="9" * 64)
+        rollout.approve(site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op", gate_digest="9" * 64)
     with pytest.raises(StageError, match="approval: by"):
-        rollout.approve(site.store, site.id, Verdict.HOLD, "")
+        rollout.approve(site.store, site.publisher, site.id, Verdict.HOLD, "")
     with pytest.raises(StageError, match="there is none"):
-        rollout.approve(site.store, "9" * 12 + "-" + "9" * 12, Verdict.HOLD, "op")
+        rollout.approve(site.store, site.publisher, "9" * 12 + "-" + "9" * 12, Verdict.HOLD, "op")
 
 
 def counts_as_a_step(key: str) -> bool:
@@ -761,7 +766,7 @@ def steps_of(site: Site) -> int:
 def test_look_killed_at_any_request_is_completed_by_the_next(site: Site) -> None:
     """The decision to go wide: written or not, and then signed, with no robot seeing anything else."""
     site.to_approval()
-    rollout.approve(site.store, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
+    rollout.approve(site.store, site.publisher, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
     objects = dict(site.store.server.objects)
     total = steps_of(site)
     allowed = {bundle_digest(site.base), site.candidate}
@@ -793,7 +798,7 @@ def test_look_killed_at_any_request_is_completed_by_the_next(site: Site) -> None
 def test_slow_look_never_undoes_a_roll_back(site: Site) -> None:
     """At every request of a look that goes wide, somebody rolls back and that look completes first."""
     site.to_approval()
-    rollout.approve(site.store, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
+    rollout.approve(site.store, site.publisher, site.id, Verdict.PROMOTE, "op", clock_ns=site.clock)
     objects = dict(site.store.server.objects)
     total = steps_of(site)
     for k in range(1, total + 1, 2):
@@ -804,7 +809,9 @@ def test_slow_look_never_undoes_a_roll_back(site: Site) -> None:
             left[0] -= counts_as_a_step(key)
             if left[0] == 0:
                 left[0] = -1
-                rollout.approve(site.store, site.id, Verdict.ROLL_BACK, "op", clock_ns=site.clock)
+                rollout.approve(
+                    site.store, site.publisher, site.id, Verdict.ROLL_BACK, "op", clock_ns=site.clock
+                )
                 site.look()
 
         site.store.server.before = intrude

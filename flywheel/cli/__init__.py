@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flywheel.cli import episodes, operate, rollouts, stages, turns
+from flywheel.cli import episodes, keys, operate, rollouts, stages, turns
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 operate.add_to(app)
 stages.add_to(app)
 app.add_typer(episodes.app, name="episodes")
+app.add_typer(keys.app, name="keys")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flywheel.cli.output import Json, console, messages, rows, show
-from flywheel.errors import ConfigError
+from flywheel.errors import ConfigError, StageError
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (demo, up, down, status, fleet, bench):
+    for command in (demo, up, down, status, fleet, bench, trace):
         app.command()(command)
     edge = typer.Typer(help="One robot.", no_args_is_help=True)
     edge.command("run")(run_edge)
@@ -44,7 +45,7 @@ def up(json: Json = False) -> None:
     from flywheel.release import Publisher
 
     e = services.up(Deployment.from_env().home, on_progress=_say)
-    Publisher(e.store(), e.home / "keys").init()
+    Publisher(e.store(), e.home / "keys").init(Deployment.from_env().approvers)
     found = {
         "store": e.store_url,
         "endpoint": e.store_endpoint,
@@ -116,14 +117,40 @@ def run_edge(
     show(run_wall(bundle, shift, seconds, seed), json)
 
 
+# Each is called with whether to take longer, and returns the document that --json prints.
+BENCHES = {
+    "tracking": "flywheel.edge.bench:tracking",
+    "delivery": "flywheel.rehearsal.bench:delivery",
+    "fleet": "flywheel.rehearsal.bench:fleet",
+}
+
+
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.")] = "tracking",
     full: Annotated[bool, typer.Option(help="Longer.")] = False,
     json: Json = False,
 ) -> None:
     """Measure, against a peer or a limit in the same run."""
-    if name != "tracking":
-        raise ConfigError(f"bench = {name!r}: not known; choose tracking")
-    from flywheel.edge.bench import tracking
+    if name not in BENCHES:
+        raise ConfigError(f"bench = {name!r}: not known; choose {', '.join(BENCHES)}")
+    module, _, function = BENCHES[name].partition(":")
+    show(getattr(import_module(module), function)(full), json)
 
-    show(tracking(full), json)
+
+def trace(
+    name: Annotated[str, typer.Argument(help="A bundle's digest, or an episode's id.")],
+    json: Json = False,
+) -> None:
+    """The evidence chain of a policy or an episode, every hash verified. Exit 1 if a link is broken."""
+    from flywheel.services.environment import publisher, store
+    from flywheel.trace import trace as follow
+
+    found = follow(store(), publisher(), name)
+    lines: list[list[Any]] = [[x.what, x.name, x.key, x.how, "" if x.ok else "BROKEN"] for x in found.links]
+    if json:
+        show(found, True)
+    else:
+        rows(["link", "name", "object", "verified by", ""], lines, False)
+    if not found.ok:
+        broken = next(x for x in found.links if not x.ok)
+        raise StageError(f"{name}: the chain is broken at {broken.what} {broken.name}: {broken.how}")

@@ -19,7 +19,15 @@ from tuf.ngclient import Updater as TufClient
 
 from flywheel.edge.slots import fsync_directory
 from flywheel.errors import NotFound, ReleaseError, StoreError, StoreUnavailable
-from flywheel.schema import BUNDLE_FILES, RELEASES, Group, Release, digest_of_hashes
+from flywheel.schema import (
+    BUNDLE_FILES,
+    PLAN_TARGET,
+    RELEASES,
+    FleetPlan,
+    Group,
+    Release,
+    digest_of_hashes,
+)
 from flywheel.store import Store
 
 
@@ -61,26 +69,43 @@ class SignedReleases:
 
     def offer(self, group: Group) -> Offer | None:
         """What a group offers (after ``refresh``): three files, and one release that they agree on."""
-        client = self._require_client()
-        with self._fetcher, _verifying(f"{group} release"):
-            found = {n: client.get_targetinfo(f"{group.value}/{n}") for n in BUNDLE_FILES}
+        return self._offer(group.value, group)
+
+    def pinned(self, digest: str) -> Offer:
+        """The bundle that robots are pinned to. Raises ``ReleaseError`` if it is not on offer."""
+        offer = self._offer(f"pin/{digest}", Group.STABLE)
+        if offer is None or offer.release.digest != digest:
+            raise ReleaseError(f"pinned to {digest}: it is not on offer; tell whoever signs the releases")
+        return offer
+
+    def plan(self) -> FleetPlan:
+        """The pins and hold-backs of the fleet (after ``refresh``)."""
+        with self._fetcher, _verifying("fleet plan"):
+            target = self._require_client().get_targetinfo(PLAN_TARGET)
+        if target is None:
+            return FleetPlan()
+        try:
+            return FleetPlan.model_validate(target.custom)
+        except ValidationError as e:
+            raise ReleaseError(f"fleet plan: not understood, is this robot's software old? {e}") from None
+
+    def _offer(self, prefix: str, group: Group) -> Offer | None:
+        client, what = self._require_client(), f"{prefix} release"
+        with self._fetcher, _verifying(what):
+            found = {n: client.get_targetinfo(f"{prefix}/{n}") for n in BUNDLE_FILES}
         files = {n: t for n, t in found.items() if t is not None}
         if not files:
             return None
         customs = [t.custom for t in files.values()]
         if len(files) < len(BUNDLE_FILES) or any(c != customs[0] for c in customs):
-            raise ReleaseError(f"{group} release: its files are not one release")
+            raise ReleaseError(f"{what}: its files are not one release")
         try:
             release = Release.model_validate(customs[0])
             digest = digest_of_hashes({n: t.hashes["sha256"] for n, t in files.items()})
         except (ValidationError, KeyError) as e:
-            raise ReleaseError(
-                f"{group} release: not understood, is this robot's software old? {e}"
-            ) from None
+            raise ReleaseError(f"{what}: not understood, is this robot's software old? {e}") from None
         if release.group is not group or release.digest != digest:
-            raise ReleaseError(
-                f"{group} release: signed as {release.group} {release.digest}, its files are {digest}"
-            )
+            raise ReleaseError(f"{what}: signed as {release.group} {release.digest}, its files are {digest}")
         return Offer(release, files)
 
     def download(self, offer: Offer, directory: Path) -> None:

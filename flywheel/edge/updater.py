@@ -33,7 +33,7 @@ from flywheel.errors import (
     ReleaseError,
     StoreUnavailable,
 )
-from flywheel.schema import Assignment, Group, Release, RobotReport, RolloutStage, cohort_draw
+from flywheel.schema import Assignment, Group, Release, RobotReport, RolloutStage
 from flywheel.store import Store
 
 WarmUp = Callable[[Path], str]  # loads a bundle, runs it once, returns the digest of the loaded bytes
@@ -70,16 +70,26 @@ class Active:
     trial: bool
 
 
-def choose(robot: str, canary: Release | None, assignment: Assignment | None) -> tuple[Group, bool]:
+def choose(
+    robot: str,
+    canary: Release | None,
+    assignment: Assignment | None,
+    *,
+    site: str = "",
+    wave: Release | None = None,
+) -> tuple[Group, bool]:
     """The group that a robot acts by, and whether it compares the canary release beside it. Pure.
 
-    A candidate acts only where its signed release, the rollout's state and the robot's draw all say so.
+    A candidate acts only where its signed release, the rollout's state and the robot's draw all say so; once
+    it is approved, the signed release of a wave and the draw are enough.
     """
+    if wave is not None and wave.acting and wave.admits(robot, site):
+        return Group.WAVE, False
     if (
         canary is None
         or assignment is None
         or (canary.rollout_id, canary.digest) != (assignment.rollout_id, assignment.bundle_digest)
-        or cohort_draw(canary.rollout_id, robot) >= canary.cohort_below
+        or not canary.admits(robot, site)
     ):
         return Group.STABLE, False
     shadow = assignment.stage is RolloutStage.SHADOW and assignment.in_cohort(robot)
@@ -204,12 +214,22 @@ class Updater:
 
     def _poll(self, warm_up: WarmUp) -> Poll:
         self._signed.refresh()
-        canary = self._signed.offer(Group.CANARY)
-        self._candidate = None if canary is None else canary.release
-        assignment = self._assignment(canary.release) if canary is not None else None
-        group, shadow = choose(self.robot, canary.release if canary else None, assignment)
+        canary, wave = self._signed.offer(Group.CANARY), self._signed.offer(Group.WAVE)
+        candidate = canary or wave
+        self._candidate = None if candidate is None else candidate.release
         self._compared = ""
-        offer = canary if group is Group.CANARY else self._signed.offer(Group.STABLE)
+        if (exception := self._exception(warm_up)) is not None:
+            return exception
+        assignment = self._assignment(canary.release) if canary is not None else None
+        group, shadow = choose(
+            self.robot,
+            canary.release if canary else None,
+            assignment,
+            site=self.site,
+            wave=wave.release if wave else None,
+        )
+        by_group = {Group.CANARY: canary, Group.WAVE: wave}
+        offer = by_group[group] if group in by_group else self._signed.offer(Group.STABLE)
         current = self.slots.active
         if offer is not None:
             if current is None or current.release.digest != offer.release.digest:
@@ -223,6 +243,25 @@ class Updater:
         fresh = self._stage(canary)
         self._compared = canary.release.digest
         return Poll(Action.STAGED if fresh else Action.NONE, canary.release.digest)
+
+    def _exception(self, warm_up: WarmUp) -> Poll | None:
+        """What the fleet's signed plan makes of this robot, if it is pinned or held back.
+
+        A revoked bundle is never kept on: then the plan does not hold.
+        """
+        plan, stable, current = self._signed.plan(), self._signed.offer(Group.STABLE), self.slots.active
+        revoked = stable.release.revokes if stable is not None else ()
+        if (pin := plan.pin(self.robot, self.site)) is not None and pin.digest not in revoked:
+            why = f"pinned to {pin.digest[:12]} by {pin.by}: {pin.reason}"
+            if current is not None and current.release.digest == pin.digest:
+                return Poll(Action.NONE, self._loaded, why)
+            return self._take(self._signed.pinned(pin.digest), warm_up)
+        held = plan.held(self.robot, self.site, self._clock_ns())
+        if held is None or current is None or current.release.digest in revoked:
+            return None
+        if current.release.group is Group.CANARY:
+            return None  # nobody is held back on a candidate, which may be withdrawn any time
+        return Poll(Action.NONE, self._loaded, f"held back by {held.by}: {held.reason}")
 
     def _take(self, offer: Offer, warm_up: WarmUp) -> Poll:
         release, other = offer.release, self.slots.other

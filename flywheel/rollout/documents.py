@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,12 +15,12 @@ from flywheel.schema import (
     ROLLOUT_ID,
     CanaryEvidence,
     Check,
+    FleetPlan,
     Release,
     RobotReport,
     RolloutStage,
     ShadowReport,
     Strict,
-    Verdict,
     sha256_bytes,
 )
 
@@ -77,6 +79,7 @@ class Evidence(Strict):
     shadow: Compared = Compared()
     candidate: Arm = Arm()
     current: Arm = Arm()
+    site_below: Mapping[str, int] = {}  # bounds that keep each site under its cap, by the robots known now
     inputs_sha256: str = ""  # of ``rollouts/<id>/inputs/<sha256>.json``: every document behind the figures
 
 
@@ -85,20 +88,37 @@ class Inputs(Strict):
 
     schema_version: Literal[1] = 1
     robots: tuple[RobotReport, ...]
+    heard: Mapping[str, int] = {}  # by robot: UTC ns at which its report reached the store, by its clock
+    plan: FleetPlan = FleetPlan()
     shadow: tuple[ShadowReport, ...]
     batches: tuple[CanaryEvidence, ...]
     ignored: tuple[str, ...]  # keys of documents that were not understood, and why
 
+    def to_bytes(self) -> bytes:
+        """JSON in the order of the fields: as definite as sorted keys, and fit for 10,000 robots a look."""
+        return self.model_dump_json().encode() + b"\n"
+
+
+class Decision(StrEnum):
+    """What a person may say of a rollout."""
+
+    PROMOTE = "promote"  # to every robot; an approver's alone
+    SKIP = "skip"  # what the stage still waits for; an approver's alone
+    HOLD = "hold"  # withdraw the candidate without blame
+    ROLL_BACK = "roll back"  # withdraw it and blame it; from any stage
+    PAUSE = "pause"  # go no further; still rolled back where that is due
+    RESUME = "resume"
+
 
 class Approval(Strict):
-    """``rollouts/<id>/approvals/<sha256>.json``: a person's word about one candidate and one gate report."""
+    """A person's word about one candidate and one gate report."""
 
     schema_version: Literal[1] = 1
     rollout_id: str = Field(pattern=ROLLOUT_ID)
     bundle_digest: str = Field(pattern=DIGEST)
     gate_digest: str = Field(pattern=DIGEST)
     state_n: int = Field(ge=1)  # the version of the state that the person saw
-    decision: Verdict
+    decision: Decision
     by: str = Field(min_length=1, max_length=200)
     reason: Annotated[str, Field(max_length=2000)] = ""
     t_unix_ns: int = Field(ge=0)
@@ -107,6 +127,26 @@ class Approval(Strict):
     def digest(self) -> str:
         """What a release names it by."""
         return sha256_bytes(self.to_bytes())
+
+
+class Seal(Strict):
+    """An Ed25519 signature (RFC 8032) over a document's canonical bytes, and the TUF id of its key."""
+
+    keyid: str = Field(pattern=DIGEST)
+    sig: str = Field(pattern=r"^[0-9a-f]{128}$")
+
+
+class SignedWord(Strict):
+    """``rollouts/<id>/approvals/<sha256 of the word>.json``."""
+
+    schema_version: Literal[1] = 1
+    word: Approval
+    seal: Seal
+
+    @property
+    def key(self) -> str:
+        """Where it lies in the store."""
+        return f"rollouts/{self.word.rollout_id}/approvals/{self.word.digest}.json"
 
 
 class RolloutState(Strict):
@@ -123,6 +163,11 @@ class RolloutState(Strict):
     bundle_digest: str = Field(pattern=DIGEST)
     gate_digest: str = Field(pattern=DIGEST)
     cohort_below: int = Field(ge=0, le=EVERYONE)
+    site_below: Mapping[str, int] = {}  # tighter bounds of sites with more robots than may try it at once
+    wave: Natural = 0  # of ``settings.waves``, from 1, once it is wide
+    paused: bool = False
+    paused_unix_ns: Natural = 0
+    heeded: tuple[str, ...] = ()  # digests of the words that took effect
     previous: Release  # what the fleet returns to
     settings: RolloutSettings  # as they were when it started
     git_rev: str = ""
@@ -136,6 +181,22 @@ class RolloutState(Strict):
     approval_digest: str = ""
     checks: tuple[Check, ...] = ()
     evidence: Evidence | None = None
+    prior_sha256: str = ""  # of the version before this one, as it lies in the store
+    seal: Seal | None = None
+
+    @property
+    def below(self) -> int:
+        """The bound on draws of the robots that it is on offer to now: the cohort, then the waves."""
+        if self.stage is RolloutStage.DONE or self.last_wave:
+            return EVERYONE
+        if self.stage is not RolloutStage.WIDE:
+            return self.cohort_below
+        return max(self.cohort_below, round(self.settings.waves[self.wave - 1] * EVERYONE))
+
+    @property
+    def last_wave(self) -> bool:
+        """Whether it is on offer to every robot."""
+        return self.stage is RolloutStage.WIDE and self.wave >= len(self.settings.waves)
 
     @property
     def prefix(self) -> str:

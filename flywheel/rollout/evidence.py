@@ -7,7 +7,8 @@ policy counts for nothing, and is listed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from flywheel import stats
 from flywheel.errors import IntegrityError, NotFound, StageError
 from flywheel.rollout.documents import (
-    Approval,
     Arm,
     Compared,
     Evidence,
@@ -25,7 +25,9 @@ from flywheel.rollout.documents import (
     Tail,
 )
 from flywheel.schema import (
+    EVERYONE,
     CanaryEvidence,
+    FleetPlan,
     GateReport,
     RobotReport,
     RolloutStage,
@@ -43,12 +45,27 @@ MISSES_FLOOR_PPM = 2000.0
 LATE_FLOOR_NS = 1e6
 
 
+class Evidences:
+    """Documents that are written once, kept from one look to the next: a look at 10,000 robots reads what is
+    new. For one process; documents that were not understood are read again each time."""
+
+    def __init__(self) -> None:
+        self.batches: dict[str, CanaryEvidence] = {}
+
+
 def read_documents[M: BaseModel](
-    store: Store, prefix: str, kind: type[M], key_of: Callable[[M], str]
-) -> tuple[list[M], list[str]]:
-    """Every document under a prefix, in key order, and what was ignored and why."""
+    store: Store,
+    prefix: str,
+    kind: type[M],
+    key_of: Callable[[M], str],
+    kept: dict[str, M] | None = None,
+) -> tuple[list[M], dict[str, int], list[str]]:
+    """Every document under a prefix, in key order; by key when it reached the store (UTC ns, by the store's
+    clock); and what was ignored and why. ``kept`` spares reading what was read before."""
 
     def read(key: str) -> M | str | None:
+        if kept is not None and (known := kept.get(key)) is not None:
+            return known
         try:
             found = kind.model_validate_json(store.get(key))
         except NotFound:
@@ -56,38 +73,56 @@ def read_documents[M: BaseModel](
         except (ValidationError, IntegrityError) as e:
             why = e.errors()[0]["msg"] if isinstance(e, ValidationError) else "damaged"
             return f"{key}: {why}"
-        return found if key_of(found) == key else f"{key}: says that it is {key_of(found)}"
+        if key_of(found) != key:
+            return f"{key}: says that it is {key_of(found)}"
+        if kept is not None:
+            kept[key] = found
+        return found
 
-    keys = [i.key for i in store.list(prefix)]
+    arrived = {i.key: round(i.modified.timestamp() * 1e9) for i in store.list(prefix)}
     with ThreadPoolExecutor(READERS) as pool:
-        results = list(pool.map(read, keys))
+        results = list(pool.map(read, arrived))
     ignored = [r for r in results if isinstance(r, str)]
-    return [r for r in results if isinstance(r, kind)], ignored
+    return [r for r in results if isinstance(r, kind)], arrived, ignored
 
 
 def read_robots(store: Store) -> tuple[list[RobotReport], list[str]]:
     """What every robot last said of itself. A retired one counts as silent until its report is deleted."""
-    return read_documents(store, "fleet/robots/", RobotReport, lambda r: f"fleet/robots/{r.robot}.json")
+    robots, _, ignored = read_documents(store, "fleet/robots/", RobotReport, _report_key)
+    return robots, ignored
 
 
-def read_inputs(store: Store, state: RolloutState) -> Inputs:
+def fresh_robots(store: Store, silence_s: float, now_unix_ns: int) -> list[RobotReport]:
+    """The robots that were heard of lately, by the store's clock: a robot's own may be wrong."""
+    robots, arrived, _ = read_documents(store, "fleet/robots/", RobotReport, _report_key)
+    return [r for r in robots if arrived[_report_key(r)] >= now_unix_ns - silence_s * 1e9]
+
+
+def read_inputs(
+    store: Store, state: RolloutState, plan: FleetPlan | None = None, kept: Evidences | None = None
+) -> Inputs:
     """Every document that bears on a rollout."""
-    robots, bad_robots = read_robots(store)
-    shadow, bad_shadow = read_documents(store, f"{state.prefix}/shadow/", ShadowReport, lambda d: d.key)
-    batches, bad_batches = read_documents(store, f"{state.prefix}/evidence/", CanaryEvidence, lambda d: d.key)
+    robots, arrived, bad_robots = read_documents(store, "fleet/robots/", RobotReport, _report_key)
+    shadow, _, bad_shadow = read_documents(store, f"{state.prefix}/shadow/", ShadowReport, lambda d: d.key)
+    batches, _, bad_batches = read_documents(
+        store,
+        f"{state.prefix}/evidence/",
+        CanaryEvidence,
+        lambda d: d.key,
+        kept.batches if kept is not None else None,
+    )
     return Inputs(
         robots=tuple(robots),
+        heard={r.robot: arrived[_report_key(r)] for r in robots},
+        plan=plan or FleetPlan(),
         shadow=tuple(shadow),
         batches=tuple(batches),
         ignored=tuple(sorted((*bad_robots, *bad_shadow, *bad_batches))),
     )
 
 
-def read_approvals(store: Store, state: RolloutState) -> list[Approval]:
-    """Every approval of a rollout that is what its name says."""
-    prefix = f"{state.prefix}/approvals"
-    found, _ = read_documents(store, f"{prefix}/", Approval, lambda a: f"{prefix}/{a.digest}.json")
-    return found
+def _report_key(report: RobotReport) -> str:
+    return f"fleet/robots/{report.robot}.json"
 
 
 def read_gate(store: Store, gate_digest: str) -> GateReport | None:
@@ -107,7 +142,11 @@ def sum_up(
     now_unix_ns: int,
 ) -> Evidence:
     """The evidence that a decision is made of. Pure."""
-    cohort = {r.robot for r in inputs.robots if _in_cohort(state, r.robot)}
+    following = [
+        r for r in inputs.robots if not inputs.plan.excepts(r.robot, r.site, now_unix_ns)
+    ]  # pins and hold-backs: they say nothing about this candidate
+    cohort = {r.robot for r in following if admits(state, state.cohort_below, r)}
+    offered = following if wide_to_all(state) else [r for r in following if admits(state, state.below, r)]
     candidate, current = state.bundle_digest, state.previous.digest
     wide = state.stage is RolloutStage.WIDE
     objection = "it is gone" if gate is None else gate.objection(candidate, stable_digest) or ""
@@ -115,11 +154,12 @@ def sum_up(
         gate_digest=sha256_bytes(gate.to_bytes()) if gate is not None else "",
         gate_objection=objection,
         superseded_by=superseded_by,
-        cohort=_heard(state, (r for r in inputs.robots if r.robot in cohort), now_unix_ns),
-        fleet=_heard(state, inputs.robots, now_unix_ns),
+        cohort=_heard(state, (r for r in following if r.robot in cohort), inputs.heard, now_unix_ns),
+        fleet=_heard(state, offered, inputs.heard, now_unix_ns),
         shadow=_compared([s for s in inputs.shadow if s.robot in cohort and s.digest == candidate]),
         candidate=_arm([b for b in inputs.batches if b.digest == candidate and (wide or b.robot in cohort)]),
         current=_arm([b for b in inputs.batches if b.digest == current]),
+        site_below=site_limits(state.rollout_id, following, state.settings.site_cap),
         inputs_sha256=sha256_bytes(inputs.to_bytes()),
     )
 
@@ -138,14 +178,31 @@ def cohort_limit(rollout_id: str, robots: Iterable[str], fraction: float) -> int
     return draws[size - 1] + 1
 
 
-def _in_cohort(state: RolloutState, robot: str) -> bool:
-    return cohort_draw(state.rollout_id, robot) < state.cohort_below
+def site_limits(rollout_id: str, robots: Iterable[RobotReport], cap: int) -> dict[str, int]:
+    """By site, the bound on draws that lets ``cap`` of its robots in, where it has more than that."""
+    draws = defaultdict[str, list[int]](list)
+    for r in robots:
+        draws[r.site].append(cohort_draw(rollout_id, r.robot))
+    return {s: sorted(d)[cap] for s, d in sorted(draws.items()) if cap and len(d) > cap}
 
 
-def _heard(state: RolloutState, robots: Iterable[RobotReport], now_unix_ns: int) -> Heard:
+def admits(state: RolloutState, below: int, report: RobotReport) -> bool:
+    """Whether a robot is of those below a bound, its site's cap considered."""
+    bound = min(below, state.site_below.get(report.site, EVERYONE))
+    return cohort_draw(state.rollout_id, report.robot) < bound
+
+
+def wide_to_all(state: RolloutState) -> bool:
+    """Whether it is on offer to robots whatever their draw."""
+    return state.below == EVERYONE and (state.last_wave or state.stage is RolloutStage.DONE)
+
+
+def _heard(
+    state: RolloutState, robots: Iterable[RobotReport], arrived: Mapping[str, int], now_unix_ns: int
+) -> Heard:
     every = list(robots)
     oldest = now_unix_ns - round(state.settings.silence_s * 1e9)
-    fresh = [r for r in every if r.t_unix_ns >= oldest]
+    fresh = [r for r in every if arrived.get(r.robot, r.t_unix_ns) >= oldest]
     candidate, current = state.bundle_digest, state.previous.digest
     return Heard(
         known=len(every),

@@ -1,4 +1,4 @@
-"""The rules of a rollout: ``decide`` is pure, and the only place where a stage changes.
+"""The rules of a rollout: ``decide`` is pure, and the only place where a stage or a wave changes.
 
 Success is compared with Newcombe's interval of a difference. Looking again and again would find a
 difference sooner or later by chance, so comparison number k is made at the level ``alpha / (k (k + 1))``,
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flywheel import stats
-from flywheel.rollout.documents import Approval, Arm, Evidence, Heard, RolloutState, Tail
+from flywheel.rollout.documents import Approval, Arm, Decision, Evidence, Heard, RolloutState, Tail
 from flywheel.schema import Check, RolloutStage, Verdict
 
 GROWTH = 1.5  # of the episodes, from one comparison to the next
@@ -29,6 +29,8 @@ NEXT = {
     RolloutStage.APPROVAL: RolloutStage.WIDE,
     RolloutStage.WIDE: RolloutStage.DONE,
 }
+# What no word of a person can stand in for: that robots report, that they run it, that it does not fail.
+NEVER_SKIPPED = ("cohort heard", "fleet heard", "candidate loaded", "candidate given back", "invalid chunks")
 PASSED = {
     RolloutStage.SHADOW: "the candidate's actions beside today's are sound: it may act on the cohort",
     RolloutStage.CANARY: "the cohort does well by it: waiting for approval",
@@ -48,13 +50,13 @@ def decide(
     stage = state.stage
     if stage is RolloutStage.ROLLED_BACK:
         return state
-    bound = [a for a in approvals if binds(a, state)]
-    if backers := [a for a in bound if a.decision is Verdict.ROLL_BACK]:
+    bound = [a for a in approvals if binds(a, state) and a.digest not in state.heeded]
+    if backers := [a for a in bound if a.decision is Decision.ROLL_BACK]:
         return _move(state, RolloutStage.ROLLED_BACK, _word("rolled back by", backers), evidence, now_unix_ns)
     if state.over:
         return state
     if stage is not RolloutStage.WIDE:
-        if holders := [a for a in bound if a.decision is Verdict.HOLD]:
+        if holders := [a for a in bound if a.decision is Decision.HOLD]:
             return _move(state, RolloutStage.HELD, _word("held by", holders), evidence, now_unix_ns)
         if (reason := _void(state, evidence)) is not None:
             return _move(state, RolloutStage.HELD, reason, evidence, now_unix_ns)
@@ -62,26 +64,81 @@ def decide(
     tests, checks = assess(state, evidence)
     after = state.model_copy(update=tests)
     verdict = combine(checks)
-    if stage is RolloutStage.APPROVAL and verdict is Verdict.PROMOTE:
-        yes = {a.by: a for a in bound if a.decision is Verdict.PROMOTE}
-        if len(yes) >= state.settings.approvals:
-            by = tuple(sorted(yes))
-            granted = {"approved_by": by, "approval_digest": yes[by[0]].digest}
-            after = after.model_copy(update={**granted, "wide_from": evidence.candidate.episodes})
-            reason = PASSED[stage].format(by=", ".join(by))
-            return _move(after, RolloutStage.WIDE, reason, evidence, now_unix_ns, checks)
-    if evidence != state.evidence:
-        if verdict is Verdict.ROLL_BACK:
-            bad = [c for c in checks if c.verdict is Verdict.ROLL_BACK]
-            reason = "; ".join(f"{c.name}: {c.bar}" for c in bad)
-            return _move(after, RolloutStage.ROLLED_BACK, reason, evidence, now_unix_ns, checks)
-        if verdict is Verdict.PROMOTE and stage is not RolloutStage.APPROVAL:
-            return _move(after, NEXT[stage], PASSED[stage], evidence, now_unix_ns, checks)
-    if (reason := _late(state, checks, now_unix_ns)) is not None:
-        return _move(after, RolloutStage.HELD, reason, evidence, now_unix_ns, checks)
+    if evidence != state.evidence and verdict is Verdict.ROLL_BACK:
+        bad = [c for c in checks if c.verdict is Verdict.ROLL_BACK]
+        reason = "; ".join(f"{c.name}: {c.bar}" for c in bad)
+        return _move(after, RolloutStage.ROLLED_BACK, reason, evidence, now_unix_ns, checks)
+    if orders := [a for a in bound if a.decision in (Decision.PAUSE, Decision.RESUME)]:
+        return _pause(after, orders, evidence, now_unix_ns, checks)
+    if not state.paused:
+        if (
+            moved := _forward(after, bound, evidence, now_unix_ns, checks, evidence != state.evidence)
+        ) is not None:
+            return moved
+        if (reason := _late(state, checks, now_unix_ns)) is not None:
+            return _move(after, RolloutStage.HELD, reason, evidence, now_unix_ns, checks)
     if evidence != state.evidence and (tests or _verdicts(checks) != _verdicts(state.checks)):
         return _record(after, waiting(checks), evidence, now_unix_ns, checks)
     return state
+
+
+def _forward(
+    state: RolloutState,
+    bound: Sequence[Approval],
+    evidence: Evidence,
+    now_unix_ns: int,
+    checks: tuple[Check, ...],
+    fresh: bool,
+) -> RolloutState | None:
+    """The stage or wave that follows, where all that it takes is there."""
+    stage, verdict = state.stage, combine(checks)
+    if stage is RolloutStage.APPROVAL:
+        yes = {a.by: a for a in bound if a.decision is Decision.PROMOTE}
+        if verdict is not Verdict.PROMOTE or len(yes) < state.settings.approvals:
+            return None
+        by = tuple(sorted(yes))
+        granted = {"approved_by": by, "approval_digest": yes[by[0]].digest, "wave": 1}
+        after = state.model_copy(update={**granted, "wide_from": evidence.candidate.episodes})
+        reason = PASSED[stage].format(by=", ".join(by))
+        if len(state.settings.waves) > 1:
+            reason += f", {after.settings.waves[0]:.0%} of it first"
+        return _move(after, RolloutStage.WIDE, reason, evidence, now_unix_ns, checks)
+    reason = ""
+    if verdict is not Verdict.PROMOTE:
+        skips = [a for a in bound if a.decision is Decision.SKIP]
+        waived = [c for c in checks if c.verdict is Verdict.HOLD]
+        if not skips or any(c.name in NEVER_SKIPPED for c in waived):
+            return None
+        reason = f"{_word('skipped by', skips)}; without {', '.join(c.name for c in waived)}"
+        heeded = (*state.heeded, *(a.digest for a in skips))
+        state = state.model_copy(update={"heeded": heeded})
+    elif not fresh:
+        return None
+    if stage is RolloutStage.WIDE and not state.last_wave:
+        next_wave = {"wave": state.wave + 1, "wide_from": evidence.candidate.episodes}
+        share = state.settings.waves[state.wave]
+        reason = reason or f"wave {state.wave} does well by it: it goes to {share:.0%} of the fleet"
+        return _move(state.model_copy(update=next_wave), stage, reason, evidence, now_unix_ns, checks)
+    return _move(state, NEXT[stage], reason or PASSED[stage], evidence, now_unix_ns, checks)
+
+
+def _pause(
+    state: RolloutState,
+    orders: Sequence[Approval],
+    evidence: Evidence,
+    now_unix_ns: int,
+    checks: tuple[Check, ...],
+) -> RolloutState:
+    """Words to pause and to resume, the last of which holds. Time that it was paused counts for nothing."""
+    last = max(orders, key=lambda a: (a.t_unix_ns, a.digest))
+    changes: dict[str, Any] = {"heeded": (*state.heeded, *(a.digest for a in orders))}
+    if last.decision is Decision.PAUSE and not state.paused:
+        changes |= {"paused": True, "paused_unix_ns": now_unix_ns}
+    elif last.decision is Decision.RESUME and state.paused:
+        stood = max(now_unix_ns - state.paused_unix_ns, 0)
+        changes |= {"paused": False, "paused_unix_ns": 0, "since_unix_ns": state.since_unix_ns + stood}
+    verb = "paused by" if last.decision is Decision.PAUSE else "resumed by"
+    return _record(state.model_copy(update=changes), _word(verb, [last]), evidence, now_unix_ns, checks)
 
 
 def _verdicts(checks: Iterable[Check]) -> list[tuple[str, Verdict]]:
@@ -89,7 +146,7 @@ def _verdicts(checks: Iterable[Check]) -> list[tuple[str, Verdict]]:
 
 
 def binds(approval: Approval, state: RolloutState) -> bool:
-    """Whether an approval is about this candidate, this gate report and, to promote, this waiting for it.
+    """Whether a word is about this candidate, this gate report and, to promote or skip, this stage of it.
 
     Going back needs no more than the right name: it is never too early or too late for it.
     """
@@ -99,9 +156,10 @@ def binds(approval: Approval, state: RolloutState) -> bool:
         state.gate_digest,
     ):
         return False
-    if approval.decision is not Verdict.PROMOTE:
-        return True
-    return state.stage is RolloutStage.APPROVAL and state.since_n <= approval.state_n <= state.n
+    current = state.since_n <= approval.state_n <= state.n
+    if approval.decision is Decision.SKIP:
+        return current and state.stage is not RolloutStage.APPROVAL
+    return approval.decision is not Decision.PROMOTE or (current and state.stage is RolloutStage.APPROVAL)
 
 
 def combine(checks: Iterable[Check]) -> Verdict:
@@ -305,7 +363,15 @@ def _move(
     now_unix_ns: int,
     checks: tuple[Check, ...] = (),
 ) -> RolloutState:
-    begun = state.model_copy(update={"stage": stage, "since_n": state.n + 1, "since_unix_ns": now_unix_ns})
+    begun = state.model_copy(
+        update={
+            "stage": stage,
+            "since_n": state.n + 1,
+            "since_unix_ns": now_unix_ns,
+            "paused": False,
+            "site_below": evidence.site_below if stage is not RolloutStage.HELD else state.site_below,
+        }
+    )
     return _record(begun, reason, evidence, now_unix_ns, checks)
 
 

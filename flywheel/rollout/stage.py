@@ -4,6 +4,10 @@ The log is written first, the signatures follow it: ``look`` appends the decisio
 which racing looks have one winner, and then brings the signed releases in line with the newest state. If it
 dies in between, the next look does. Releases are only replaced while the state they follow is still the
 newest, so a slow look cannot undo a later decision.
+
+Every decision names the one before it by hash and is signed by the operator's key, and nothing is decided or
+released on top of one that is not: whoever may write to the store cannot write a rollout's history. Before
+anything is signed for robots outside of the cohort, the approvers' signatures are checked once more.
 """
 
 from __future__ import annotations
@@ -11,24 +15,36 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from flywheel.config import RolloutSettings
-from flywheel.errors import BundleError, Conflict, NotFound, ReleaseError, StageError, StoreError
-from flywheel.release import Publisher
-from flywheel.rollout.documents import Approval, Evidence, RolloutState, rollout_id
+from flywheel.errors import BundleError, Conflict, NotFound, StageError, StoreError
+from flywheel.release import Publisher, Trust
+from flywheel.rollout.documents import (
+    Approval,
+    Decision,
+    Evidence,
+    Inputs,
+    RolloutState,
+    SignedWord,
+    rollout_id,
+)
 from flywheel.rollout.evidence import (
+    Evidences,
     cohort_limit,
-    read_approvals,
+    fresh_robots,
     read_gate,
     read_inputs,
-    read_robots,
+    site_limits,
     sum_up,
 )
 from flywheel.rollout.rules import assess, decide
+from flywheel.rollout.words import read_words, seal, sealed, sign
 from flywheel.schema import (
     BUNDLE_FILES,
     Check,
@@ -37,6 +53,7 @@ from flywheel.schema import (
     RolloutStage,
     Verdict,
     bundle_digest,
+    sha256_bytes,
 )
 from flywheel.store import Store
 
@@ -66,7 +83,7 @@ class RolloutStatus:
 
     state: RolloutState
     history: tuple[RolloutState, ...]
-    approvals: tuple[Approval, ...]
+    approvals: tuple[Approval, ...]  # as they lie there; a look counts those that verify
 
     def rows(self) -> list[tuple[int, str, int, str]]:
         """Version, stage, UTC ns and reason of every decision, for a table."""
@@ -83,6 +100,7 @@ def start(
     git_rev: str = "",
     experiment: str = "",
     minimum_runtime: str = "0.1.0",
+    supersede: bool = False,
     clock_ns: Clock = time.time_ns,
 ) -> RolloutState:
     """Begin a rollout of ``bundles/<candidate>/`` in shadow; a repeat returns the rollout that is there.
@@ -92,7 +110,7 @@ def start(
     rollout is under way, ``BundleError`` where the bundle is not what its name says.
     """
     rid = rollout_id(candidate, gate_digest)
-    existing = _latest(store, rid)
+    existing = _latest(store, rid, publisher.load().trust())
     if existing is not None:
         follow(store, publisher, rid)
         return existing
@@ -104,15 +122,20 @@ def start(
         raise StageError(f"gates/{gate_digest}.json: no such gate report, or not the one of that digest")
     if (objection := gate.objection(candidate, stable.digest)) is not None:
         raise StageError(f"bundle {candidate[:12]} cannot be rolled out: {objection}")
-    if (other := active_rollout(store, publisher)) is not None:
-        raise StageError(
-            f"rollout {other.rollout_id} is under way ({other.stage}): finish it, or end it with "
-            f"`flywheel rollout decide {other.rollout_id} hold`"
-        )
-    robots, _ = read_robots(store)
+    other = active_rollout(store, publisher)
+    if other is not None and (not supersede or other.stage is RolloutStage.WIDE):
+        ending = "roll it back or wait until it is done" if supersede else "finish it, or end it with"
+        how = "" if supersede else f" `flywheel rollout decide {other.rollout_id} hold`"
+        raise StageError(f"rollout {other.rollout_id} is under way ({other.stage}): {ending}{how}")
     now = clock_ns()
-    fresh = [r.robot for r in robots if r.t_unix_ns >= now - settings.silence_s * 1e9]
-    below = cohort_limit(rid, fresh, settings.canary_fraction)
+    fresh = fresh_robots(store, settings.silence_s, now)
+    plan = publisher.plan()
+    following = [r for r in fresh if not plan.excepts(r.robot, r.site, now)]
+    below = cohort_limit(rid, [r.robot for r in following], settings.canary_fraction)
+    trust = publisher.load().trust()
+    _bring(store, publisher, candidate)
+    if other is not None:
+        _supersede(store, publisher, other, rid, now)
     first = RolloutState(
         rollout_id=rid,
         n=1,
@@ -124,44 +147,51 @@ def start(
         bundle_digest=candidate,
         gate_digest=gate_digest,
         cohort_below=below,
+        site_below=site_limits(rid, following, settings.site_cap),
         previous=stable,
         settings=settings,
         git_rev=git_rev,
         experiment=experiment,
         minimum_runtime=minimum_runtime,
     )
-    _publish_candidate(store, publisher, _canary_release(first), None)
+    first = seal(first, publisher.keys, trust)
+    publisher.reissue(_canary_release(first))
     try:
         store.append_version(first.prefix, 1, first.to_bytes())
     except Conflict:  # another process started it
-        return _require(store, rid)
+        return _require(store, rid, trust)
     follow(store, publisher, rid)
     return first
 
 
-def look(store: Store, publisher: Publisher, rid: str, *, clock_ns: Clock = time.time_ns) -> Look:
-    """Look at the fleet once: read the evidence, decide, write the decision, publish what follows from it."""
+def look(
+    store: Store,
+    publisher: Publisher,
+    rid: str,
+    *,
+    clock_ns: Clock = time.time_ns,
+    kept: Evidences | None = None,
+) -> Look:
+    """Look at the fleet once: read the evidence, decide, write the decision, publish what follows from it.
+
+    ``kept`` remembers documents from one look of a process to its next.
+    """
     for _ in range(ATTEMPTS):
-        state = _require(store, rid)
-        inputs = read_inputs(store, state)
-        now = clock_ns()
         offered = publisher.refresh()
+        trusted = publisher.load()
+        trust = trusted.trust()
+        state = _require(store, rid, trust)
+        inputs = read_inputs(store, state, trusted.plan(), kept)
+        now = clock_ns()
         stable, canary = offered[Group.STABLE], offered[Group.CANARY]
         other = canary.rollout_id if canary is not None and canary.rollout_id != rid else ""
-        evidence = sum_up(
-            state,
-            inputs,
-            read_gate(store, state.gate_digest),
-            stable.digest if stable is not None else "",
-            other,
-            now,
-        )
-        after = decide(state, evidence, read_approvals(store, state), now)
+        gate = read_gate(store, state.gate_digest)
+        evidence = sum_up(state, inputs, gate, stable.digest if stable is not None else "", other, now)
+        words, _ = read_words(store, state, trust)
+        after = decide(state, evidence, _enough(words, trust), now)
         if after is not state:
-            key = f"{state.prefix}/inputs/{evidence.inputs_sha256}.json"
-            store.put(key, inputs.to_bytes(), evidence.inputs_sha256)
             try:
-                store.append_version(state.prefix, after.n, after.to_bytes())
+                after = _append(store, publisher, state, after, trust, inputs)
             except Conflict:
                 continue
         follow(store, publisher, rid, offered)
@@ -170,10 +200,65 @@ def look(store: Store, publisher: Publisher, rid: str, *, clock_ns: Clock = time
     raise StageError(f"rollout {rid}: other looks won {ATTEMPTS} times in a row; try again")
 
 
+def reseal(store: Store, publisher: Publisher, rid: str, *, clock_ns: Clock = time.time_ns) -> RolloutState:
+    """Go on with a rollout after a change of the operator's key: its newest decision, signed by today's.
+
+    Only on the machine that put the old key away, and so knows that it was the right one.
+    """
+    trust = publisher.load().trust()
+    state = _require(store, rid)
+    if sealed(state, trust):
+        return state
+    old = {k: s.public_key for k, s in publisher.keys.retired().items()}
+    if not sealed(state, Trust(old, {}, (), 1, frozenset(old))):
+        raise StageError(f"rollout {rid}: version {state.n} was signed by no key that this machine had")
+    after = state.model_copy(
+        update={"n": state.n + 1, "t_unix_ns": clock_ns(), "reason": "the operator's key was changed"}
+    )
+    return _append(store, publisher, state, after, trust)
+
+
+def _append(
+    store: Store,
+    publisher: Publisher,
+    state: RolloutState,
+    after: RolloutState,
+    trust: Trust,
+    inputs: Inputs | None = None,
+) -> RolloutState:
+    """Write a decision: what it was made of first, then the decision, which names the one before it."""
+    if inputs is not None and after.evidence is not None:
+        sha = after.evidence.inputs_sha256
+        store.put(f"{state.prefix}/inputs/{sha}.json", inputs.to_bytes(), sha)
+    prior = sha256_bytes(state.to_bytes())
+    after = seal(after.model_copy(update={"prior_sha256": prior}), publisher.keys, trust)
+    store.append_version(state.prefix, after.n, after.to_bytes())
+    return after
+
+
+def _supersede(store: Store, publisher: Publisher, other: RolloutState, rid: str, now_unix_ns: int) -> None:
+    """End a rollout for another one."""
+    for _ in range(ATTEMPTS):
+        trust = publisher.load().trust()
+        state = _require(store, other.rollout_id, trust)
+        if state.over:
+            break
+        if state.stage is RolloutStage.WIDE:
+            raise StageError(f"rollout {state.rollout_id} went wide meanwhile; roll it back or wait for it")
+        evidence = Evidence(gate_digest=state.gate_digest, superseded_by=rid)
+        try:
+            _append(store, publisher, state, decide(state, evidence, [], now_unix_ns), trust)
+        except Conflict:
+            continue
+        break
+    follow(store, publisher, other.rollout_id)
+
+
 def approve(
     store: Store,
+    publisher: Publisher,
     rid: str,
-    decision: Verdict,
+    decision: Decision | Verdict,
     by: str,
     reason: str = "",
     *,
@@ -184,23 +269,34 @@ def approve(
     """Write down a person's decision; the next look acts on it. ``ROLL_BACK`` is possible at any time.
 
     The digests are those that the person was shown: where they are not the rollout's, the decision is void.
-    Who may decide is the caller's to check. Raises ``StageError`` for a decision that cannot take effect.
+    It is signed here, by the key of ``by``, or by the operator's for what only narrows. Raises
+    ``StageError`` for a decision that cannot take effect, ``ConfigError`` where no fitting key lies here.
     """
-    state = _require(store, rid)
+    decision = Decision(decision.value)
+    trust = publisher.load().trust()
+    state = _require(store, rid, trust)
     for what, shown, actual in (
         ("bundle", bundle_digest, state.bundle_digest),
         ("gate report", gate_digest, state.gate_digest),
     ):
         if shown is not None and shown != actual:
             raise StageError(f"rollout {rid}: void: the {what} is {actual}, not {shown}")
-    if decision is Verdict.PROMOTE and state.stage is not RolloutStage.APPROVAL:
+    if decision is Decision.PROMOTE and state.stage is not RolloutStage.APPROVAL:
         raise StageError(
             f"rollout {rid}: is in stage {state.stage}, so there is nothing to approve yet or any more"
         )
-    if decision is Verdict.HOLD and (state.over or state.stage is RolloutStage.WIDE):
+    if decision is Decision.HOLD and (state.over or state.stage is RolloutStage.WIDE):
         raise StageError(f"rollout {rid}: is in stage {state.stage} and cannot be held; roll it back instead")
     if state.stage is RolloutStage.ROLLED_BACK:
         raise StageError(f"rollout {rid}: is rolled back; start a new one")
+    if decision in (Decision.SKIP, Decision.PAUSE, Decision.RESUME):
+        if state.over or (decision is Decision.SKIP and state.stage is RolloutStage.APPROVAL):
+            raise StageError(
+                f"rollout {rid}: is in stage {state.stage}: there is nothing to {decision}, and an approval "
+                "cannot be skipped"
+            )
+        if not reason:
+            raise StageError(f"rollout {rid}: say why it is to {decision}: it is kept with the decision")
     try:
         approval = Approval(
             rollout_id=rid,
@@ -214,29 +310,53 @@ def approve(
         )
     except ValidationError as e:
         raise StageError(f"approval: {e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}") from None
-    store.put(f"{state.prefix}/approvals/{approval.digest}.json", approval.to_bytes())
+    signed = sign(approval, publisher.keys, trust)
+    store.put(signed.key, signed.to_bytes())
     return approval
+
+
+def _enough(words: list[Approval], trust: Trust) -> list[Approval]:
+    """The words without their promotions, where fewer people promote than the signed metadata ask for."""
+    promoting = {w.by for w in words if w.decision is Decision.PROMOTE}
+    if len(promoting) >= trust.approvals:
+        return words
+    return [w for w in words if w.decision is not Decision.PROMOTE]
 
 
 def status(store: Store, rid: str) -> RolloutStatus:
     """Where a rollout stands, every decision so far, every approval."""
     states = history(store, rid)
-    return RolloutStatus(states[-1], tuple(states), tuple(read_approvals(store, states[-1])))
+    words = []
+    for info in store.list(f"{states[-1].prefix}/approvals/"):
+        with suppress(ValidationError, StoreError):
+            words.append(SignedWord.model_validate_json(store.get(info.key)).word)
+    return RolloutStatus(states[-1], tuple(states), tuple(words))
 
 
 def history(store: Store, rid: str) -> list[RolloutState]:
-    """Every decision, first to last. Raises ``StageError`` for a log with a gap."""
+    """Every decision, first to last. Raises ``StageError`` for a log with a gap, or one in which a decision
+    does not follow from the one before it."""
     last = _require(store, rid)
-    try:
-        return [_parse(store.get(f"{last.prefix}/{n:08d}.json"), rid, n) for n in range(1, last.n + 1)]
-    except NotFound as e:
-        raise StageError(f"rollout {rid}: its log has a gap: {e}") from None
+    states: list[RolloutState] = []
+    for n in range(1, last.n + 1):
+        try:
+            state = _parse(store.get(f"{last.prefix}/{n:08d}.json"), rid, n)
+        except NotFound as e:
+            raise StageError(f"rollout {rid}: its log has a gap: {e}") from None
+        if states and state.prior_sha256 != sha256_bytes(states[-1].to_bytes()):
+            raise StageError(f"rollout {rid}: version {n} does not follow from {n - 1}: one was changed")
+        states.append(state)
+    return states
 
 
 def active_rollout(store: Store, publisher: Publisher) -> RolloutState | None:
     """The rollout under way; None if there is none. Found by what the signed releases name."""
-    for release in publisher.refresh().values():
-        state = _latest(store, release.rollout_id) if release is not None and release.rollout_id else None
+    offered = publisher.refresh()
+    trust = publisher.load().trust()
+    for release in offered.values():
+        if release is None or not release.rollout_id:
+            continue
+        state = _latest(store, release.rollout_id, trust)
         if state is not None and not state.over:
             return state
     return None
@@ -253,7 +373,8 @@ def follow(
     ``offered`` spares a read where the caller has just made it.
     """
     for _ in range(ATTEMPTS):
-        state = _require(store, rid)
+        trust = publisher.load().trust()
+        state = _require(store, rid, trust)
 
         def still(n: int = state.n) -> None:
             head = store.latest(f"rollouts/{rid}")
@@ -261,7 +382,7 @@ def follow(
                 raise Conflict(f"rollout {rid}: went on past version {n}")
 
         try:
-            _follow(store, publisher, state, offered or publisher.refresh(), still)
+            _follow(store, publisher, state, trust, offered or publisher.refresh(), still)
         except Conflict:
             offered = None
             continue
@@ -273,28 +394,58 @@ def _follow(
     store: Store,
     publisher: Publisher,
     state: RolloutState,
+    trust: Trust,
     offered: Mapping[Group, Release | None],
     still: Callable[[], None],
 ) -> None:
-    canary, stable = offered[Group.CANARY], offered[Group.STABLE]
-    stage = state.stage
+    canary, wave, stable = offered[Group.CANARY], offered[Group.WAVE], offered[Group.STABLE]
+    stage, rid = state.stage, state.rollout_id
     if stage in (RolloutStage.SHADOW, RolloutStage.CANARY, RolloutStage.APPROVAL):
         wanted = _canary_release(state)
-        if canary != wanted and (canary is None or canary.rollout_id == state.rollout_id):
-            _publish_candidate(store, publisher, wanted, still)
+        if canary != wanted and (canary is None or canary.rollout_id == rid):
+            publisher.reissue(wanted, still)
+        return
+    if stage is RolloutStage.WIDE and not state.last_wave:
+        wanted = _wide_release(state, Group.WAVE)
+        if wave != wanted:
+            require_approval(store, state, trust)
+            publisher.reissue(wanted, still)
         return
     if stage in (RolloutStage.WIDE, RolloutStage.DONE):
-        wanted = _stable_release(state)
+        wanted = _wide_release(state, Group.STABLE)
         # Once it is over, a later rollout may have replaced it: that is not to be undone.
         if stable != wanted and (stage is RolloutStage.WIDE or stable == state.previous):
+            require_approval(store, state, trust)
             publisher.reissue(wanted, still)
-        if stage is RolloutStage.WIDE:
-            return
-    if stage is RolloutStage.ROLLED_BACK and stable is not None and stable.rollout_id == state.rollout_id:
+    if stage is RolloutStage.ROLLED_BACK:
         revoked = (*state.previous.revokes, state.bundle_digest)
-        publisher.reissue(state.previous.model_copy(update={"revokes": revoked}), still)
-    if canary is not None and canary.rollout_id == state.rollout_id:
+        wide = any(r is not None and r.rollout_id == rid for r in (stable, wave))
+        if wide and stable is not None and (stable.rollout_id == rid or stable == state.previous):
+            publisher.reissue(state.previous.model_copy(update={"revokes": revoked}), still)
+    if wave is not None and wave.rollout_id == rid:
+        publisher.withdraw(Group.WAVE, still)
+    if stage is not RolloutStage.WIDE and canary is not None and canary.rollout_id == rid:
         publisher.withdraw(Group.CANARY, still)
+
+
+def require_approval(store: Store, state: RolloutState, trust: Trust) -> list[Approval]:
+    """The signed words that let a candidate leave its cohort. Raises ``StageError`` if they do not verify."""
+    words, ignored = read_words(store, state, trust)
+    about = (state.rollout_id, state.bundle_digest, state.gate_digest)
+    yes = {
+        w.by: w
+        for w in words
+        if w.decision is Decision.PROMOTE
+        and w.by in state.approved_by
+        and (w.rollout_id, w.bundle_digest, w.gate_digest) == about
+    }
+    need = max(trust.approvals, state.settings.approvals)
+    if len(yes) < need or state.approval_digest not in {w.digest for w in yes.values()}:
+        raise StageError(
+            f"rollout {state.rollout_id}: nothing was signed: {len(yes)} of {need} approvals verify"
+            + "".join(f"; {line}" for line in ignored)
+        )
+    return list(yes.values())
 
 
 def _canary_release(state: RolloutState) -> Release:
@@ -304,6 +455,7 @@ def _canary_release(state: RolloutState) -> Release:
         gate_digest=state.gate_digest,
         rollout_id=state.rollout_id,
         cohort_below=state.cohort_below,
+        site_below=state.site_below,
         acting=state.stage is not RolloutStage.SHADOW,
         minimum_runtime=state.minimum_runtime,
         git_rev=state.git_rev,
@@ -311,9 +463,12 @@ def _canary_release(state: RolloutState) -> Release:
     )
 
 
-def _stable_release(state: RolloutState) -> Release:
+def _wide_release(state: RolloutState, group: Group) -> Release:
+    bounds: dict[str, Any] = {}
+    if group is Group.WAVE:
+        bounds = {"cohort_below": state.below, "site_below": state.site_below}
     return Release(
-        group=Group.STABLE,
+        group=group,
         digest=state.bundle_digest,
         gate_digest=state.gate_digest,
         rollout_id=state.rollout_id,
@@ -321,35 +476,40 @@ def _stable_release(state: RolloutState) -> Release:
         minimum_runtime=state.minimum_runtime,
         git_rev=state.git_rev,
         experiment=state.experiment,
+        **bounds,
     )
 
 
-def _publish_candidate(
-    store: Store, publisher: Publisher, release: Release, still: Callable[[], None] | None
-) -> None:
-    try:
-        publisher.reissue(release, still)
-    except ReleaseError:  # never published: bring the bytes
-        with tempfile.TemporaryDirectory(prefix="flywheel-bundle-") as d:
-            for name in BUNDLE_FILES:
-                try:
-                    store.get_file(f"bundles/{release.digest}/{name}", Path(d) / name)
-                except NotFound:
-                    raise BundleError(
-                        f"bundles/{release.digest}/{name}: not in the store; upload the exported bundle first"
-                    ) from None
-            if (found := bundle_digest(Path(d))) != release.digest:
-                raise BundleError(f"bundles/{release.digest}/: holds bytes of digest {found}") from None
-            publisher.publish(Path(d), release, still)
+def _bring(store: Store, publisher: Publisher, digest: str) -> None:
+    """Bring a candidate's bytes from where exports lie to where releases do."""
+    with tempfile.TemporaryDirectory(prefix="flywheel-bundle-") as d:
+        for name in BUNDLE_FILES:
+            try:
+                store.get_file(f"bundles/{digest}/{name}", Path(d) / name)
+            except NotFound:
+                raise BundleError(
+                    f"bundles/{digest}/{name}: not in the store; upload the exported bundle first"
+                ) from None
+        if (found := bundle_digest(Path(d))) != digest:
+            raise BundleError(f"bundles/{digest}/: holds bytes of digest {found}") from None
+        publisher.upload(Path(d), digest, Group.CANARY)
 
 
-def _latest(store: Store, rid: str) -> RolloutState | None:
+def _latest(store: Store, rid: str, trust: Trust | None = None) -> RolloutState | None:
     head = store.latest(f"rollouts/{rid}")
-    return None if head is None else _parse(head[1], rid, head[0])
+    if head is None:
+        return None
+    state = _parse(head[1], rid, head[0])
+    if trust is not None and not sealed(state, trust):
+        raise StageError(
+            f"rollout {rid}: version {state.n} is not signed by the operator's key, so nothing is decided or "
+            "released on top of it: somebody wrote it, or the key was changed (`flywheel rollout reseal`)"
+        )
+    return state
 
 
-def _require(store: Store, rid: str) -> RolloutState:
-    if (state := _latest(store, rid)) is None:
+def _require(store: Store, rid: str, trust: Trust | None = None) -> RolloutState:
+    if (state := _latest(store, rid, trust)) is None:
         raise StageError(f"rollout {rid}: there is none of that name")
     return state
 

@@ -46,7 +46,7 @@ class Site:
     def __init__(self, root: Path, store: Store) -> None:
         self.root, self.store = root, store
         self.publisher = Publisher(store, root / "keys")
-        self.publisher.init()
+        self.publisher.init(("op",))
         self.base, self.new = make_bundle(root, "base"), make_bundle(root, "new", size=3_000_000)
         self.publisher.publish_first(self.base)
         self.poll("r1")
@@ -322,7 +322,7 @@ def test_whole_rollout_on_the_real_store(site: Site) -> None:
     assert rollout.look(store, site.publisher, rid).state.stage is RolloutStage.CANARY
     assert work() == {bundle_digest(site.base), candidate}
     assert rollout.look(store, site.publisher, rid).state.stage is RolloutStage.APPROVAL
-    rollout.approve(store, rid, Verdict.PROMOTE, "op")
+    rollout.approve(store, site.publisher, rid, Verdict.PROMOTE, "op")
     assert rollout.look(store, site.publisher, rid).state.stage is RolloutStage.WIDE
     assert work() == {candidate}
     done = rollout.look(store, site.publisher, rid)
