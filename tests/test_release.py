@@ -4,54 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata
 
 from flywheel.edge.updater import Action
 from flywheel.errors import BundleError, ConfigError, ReleaseError
+from flywheel.rehearsal.attacks import ATTACKS
+from flywheel.rehearsal.site import Site, copy_of, forge, offer, taken
 from flywheel.release import Publisher
-from flywheel.schema import BUNDLE_FILES, Group, Release, bundle_digest
+from flywheel.release.repository import TIMESTAMP
+from flywheel.schema import Group, bundle_digest
 from tests.bucket import Bucket, BucketStore, Killed
 from tests.deliveries import make_bundle, robot, stable, warm_up
-
-TIMESTAMP = "releases/metadata/timestamp.json"
-
-
-@dataclass
-class Site:
-    """A repository with a base policy that a robot runs, and a new policy to come."""
-
-    root: Path
-    store: BucketStore
-    publisher: Publisher
-    base: Path
-    new: Path
-
-    @property
-    def server(self) -> Bucket:
-        return self.store.server
-
-    def blob(self, group: str = "stable", name: str = "policy.onnx") -> str:
-        """Key of the newest blob of a file (the one that the base policy does not have)."""
-        suffix = f".{name}"
-        old = {k for k in self.before if k.endswith(suffix)}
-        new = [
-            k
-            for k in self.server.objects
-            if k.startswith(f"releases/targets/{group}/") and k.endswith(suffix)
-        ]
-        return next(k for k in new if k not in old)
-
-    def __post_init__(self) -> None:
-        self.before = set(self.server.objects)
 
 
 @pytest.fixture(autouse=True)
@@ -62,280 +31,18 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root = tmp_path_factory.mktemp("template")
-    store = BucketStore()
-    publisher = Publisher(store, root / "keys")
-    publisher.init()
-    base, new = make_bundle(root, "base"), make_bundle(root, "new")
-    publisher.publish_first(base)
-    with robot(root, store, publisher) as r:
-        assert r.poll(warm_up).action is Action.SWAPPED
-        r.confirm()
-    return Site(root, store, publisher, base, new)
+    return Site.make(tmp_path_factory.mktemp("template") / "site")
 
 
 @pytest.fixture
 def site(template: Site, tmp_path: Path) -> Site:
     """A copy of the template that a test may spoil."""
-    root = tmp_path / "site"
-    shutil.copytree(template.root, root, symlinks=True)
-    store = BucketStore(copy_of(template.server))
-    return Site(root, store, Publisher(store, root / "keys"), root / "bundle-base", root / "bundle-new")
+    return template.copy(tmp_path / "site")
 
 
-def copy_of(server: Bucket) -> Bucket:
-    """Another bucket with the same objects."""
-    copy = Bucket()
-    copy.objects = dict(server.objects)
-    return copy
-
-
-def forge(
-    site: Site,
-    role: str,
-    change: Callable[[Targets], None],
-    signers: list[str],
-    online: bool = True,
-) -> None:
-    """What somebody can do who may write to the store and holds some of the keys: a consistent new state
-    in which ``role`` was changed and signed by ``signers`` (and snapshot and timestamp by their keys)."""
-    keys = site.publisher.keys.load()
-    timestamp: Metadata[Timestamp] = Metadata.from_bytes(site.server.data(TIMESTAMP))
-    v = timestamp.signed.snapshot_meta.version
-    snapshot: Metadata[Snapshot] = Metadata.from_bytes(
-        site.server.data(f"releases/metadata/{v}.snapshot.json")
-    )
-    v = snapshot.signed.meta[f"{role}.json"].version
-    md: Metadata[Targets] = Metadata.from_bytes(site.server.data(f"releases/metadata/{v}.{role}.json"))
-    change(md.signed)
-
-    def write(name: str, m: Metadata[Any], by: list[str], key: str | None = None) -> MetaFile:
-        m.signed.version += 1
-        m.signatures.clear()
-        for k in by:
-            m.sign(keys[k], append=True)
-        data = m.to_bytes()
-        site.server.overwrite(key or f"releases/metadata/{m.signed.version}.{name}.json", data)
-        return MetaFile.from_data(m.signed.version, data, ["sha256"])
-
-    snapshot.signed.meta[f"{role}.json"] = write(role, md, signers)
-    by = ["snapshot-1"] if online else []
-    timestamp.signed.snapshot_meta = write("snapshot", snapshot, by)
-    write("timestamp", timestamp, ["timestamp-1"] if online else [], TIMESTAMP)
-
-
-def offer(bundle: Path, release: Release, prefix: str | None = None) -> Callable[[Targets], None]:
-    """A change of targets metadata that offers a bundle."""
-
-    def change(targets: Targets) -> None:
-        for name in BUNDLE_FILES:
-            path = f"{prefix or release.group.value}/{name}"
-            target = TargetFile.from_data(path, (bundle / name).read_bytes(), ["sha256"])
-            target.unrecognized_fields["custom"] = release.model_dump(mode="json")
-            targets.targets[path] = target
-
-    return change
-
-
-def upload_blobs(site: Site, bundle: Path, group: str) -> None:
-    for name in BUNDLE_FILES:
-        data = (bundle / name).read_bytes()
-        sha = TargetFile.from_data("x", data, ["sha256"]).hashes["sha256"]
-        site.server.overwrite(f"releases/targets/{group}/{sha}.{name}", data)
-
-
-def refused(site: Site, why: str, **options: Any) -> None:
-    """The robot refuses what it finds, says why, and goes on with the base policy, also after a restart."""
-    with robot(site.root, site.store, site.publisher, **options) as r:
-        poll = r.poll(warm_up)
-        assert poll.action is Action.REFUSED, poll
-        assert why in poll.reason
-        active = r.active()
-        assert active is not None
-        assert active.digest == bundle_digest(site.base)
-    with robot(site.root, site.store, site.publisher) as r:
-        active = r.active()
-        assert active is not None
-        assert active.digest == bundle_digest(site.base)
-        assert bundle_digest(active.directory) == active.digest
-
-
-def taken(site: Site, bundle: Path) -> None:
-    """The robot takes a bundle."""
-    with robot(site.root, site.store, site.publisher) as r:
-        poll = r.poll(warm_up)
-        assert (poll.action, poll.digest) == (Action.SWAPPED, bundle_digest(bundle)), poll
-        r.confirm()
-
-
-# ── what is altered on the way ──────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("name", BUNDLE_FILES)
-def test_flipped_byte_in_a_file_is_refused_and_a_good_copy_taken_later(site: Site, name: str) -> None:
-    site.publisher.publish(site.new, stable(site.new))
-    key = site.blob(name=name)
-    good = site.server.data(key)
-    site.server.overwrite(key, good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    refused(site, "LengthOrHashMismatch")
-    site.server.overwrite(key, good)
-    taken(site, site.new)
-
-
-def test_longer_file_is_refused_after_its_signed_length(site: Site) -> None:
-    site.publisher.publish(site.new, stable(site.new))
-    key = site.blob()
-    site.server.overwrite(key, site.server.data(key) + b"\0" * 10_000_000)
-    refused(site, "LengthMismatch")
-
-
-def test_truncated_file_is_refused(site: Site) -> None:
-    site.publisher.publish(site.new, stable(site.new))
-    key = site.blob()
-    site.server.overwrite(key, site.server.data(key)[:-1])
-    refused(site, "LengthOrHashMismatch")
-
-
-def test_missing_file_changes_nothing(site: Site) -> None:
-    site.publisher.publish(site.new, stable(site.new))
-    del site.server.objects[site.blob()]
-    with robot(site.root, site.store, site.publisher) as r:
-        assert r.poll(warm_up).action is Action.OFFLINE
-        active = r.active()
-        assert active is not None
-        assert active.digest == bundle_digest(site.base)
-
-
-def test_old_timestamp_is_refused_as_a_roll_back(site: Site) -> None:
-    old = site.server.data(TIMESTAMP)
-    site.publisher.publish(site.new, stable(site.new))
-    taken(site, site.new)
-    site.server.overwrite(TIMESTAMP, old)
-    with robot(site.root, site.store, site.publisher) as r:
-        poll = r.poll(warm_up)
-        assert poll.action is Action.REFUSED
-        assert "BadVersionNumber" in poll.reason
-        active = r.active()
-        assert active is not None
-        assert active.digest == bundle_digest(site.new)
-
-
-def test_old_stable_metadata_under_a_new_snapshot_are_refused(site: Site) -> None:
-    """A mix of old and new, by somebody who holds the online keys."""
-    site.publisher.publish(site.new, stable(site.new))
-    taken(site, site.new)
-
-    def older(targets: Targets) -> None:
-        targets.version -= 2
-
-    forge(site, "stable", older, ["stable-1", "stable-2"])
-    with robot(site.root, site.store, site.publisher) as r:
-        poll = r.poll(warm_up)
-        assert poll.action is Action.REFUSED
-        assert "BadVersionNumber" in poll.reason
-
-
-def test_edited_metadata_are_refused(site: Site) -> None:
-    site.publisher.publish(site.new, stable(site.new))
-    key = max(k for k in site.server.objects if k.endswith(".stable.json"))
-    site.server.overwrite(key, site.server.data(key).replace(b'"acting":true', b'"acting":null'))
-    refused(site, "does not verify")
-
-
-def test_expired_metadata_are_refused_and_the_policy_in_use_stays_until_renewed(tmp_path: Path) -> None:
-    now = [datetime.now(UTC)]
-    store = BucketStore()
-    publisher = Publisher(store, tmp_path / "keys", clock=lambda: now[0])
-    publisher.init()
-    base, new = make_bundle(tmp_path, "base"), make_bundle(tmp_path, "new")
-    publisher.publish_first(base)
-    site = Site(tmp_path, store, publisher, base, new)
-    taken(site, base)
-    now[0] -= timedelta(days=30)
-    # what a publisher would have written a month ago, that nobody has renewed since
-    publisher.publish(new, stable(new))
-    refused(site, "Expired")
-    now[0] += timedelta(days=30)
-    publisher.refresh()
-    taken(site, new)
-
-
-# ── who signs ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_one_missing_signature_is_refused(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1"])
-    refused(site, "was signed by 1/2 keys")
-
-
-def test_the_same_key_twice_is_one_signature(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-1"])
-    refused(site, "was signed by 1/2 keys")
-
-
-def test_forged_release_with_enough_signatures_is_taken_so_the_attacks_here_are_real(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-3"])
-    taken(site, site.new)
-
-
-def test_canary_key_signing_the_stable_release_is_refused(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "stable", offer(site.new, stable(site.new)), ["canary-1", "snapshot-1", "timestamp-1"])
-    refused(site, "was signed by 0/2 keys")
-
-
-def test_canary_metadata_that_name_stable_files_are_not_looked_at(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "canary", offer(site.new, stable(site.new)), ["canary-1"])
-    with robot(site.root, site.store, site.publisher) as r:
-        assert r.poll(warm_up).action is Action.NONE
-        active = r.active()
-        assert active is not None
-        assert active.digest == bundle_digest(site.base)
-
-
-def test_unsigned_timestamp_is_refused(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    forge(site, "stable", offer(site.new, stable(site.new)), ["stable-1", "stable-2"], online=False)
-    refused(site, "does not verify")
-
-
-def test_release_signed_for_one_group_is_refused_in_the_other(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    canary = stable(site.new).model_copy(update={"group": Group.CANARY})
-    forge(site, "stable", offer(site.new, canary, "stable"), ["stable-1", "stable-2"])
-    refused(site, "signed as canary")
-
-
-def test_signed_digest_that_is_not_that_of_the_files_is_refused(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-    wrong = stable(site.new).model_copy(update={"digest": "0" * 64})
-    forge(site, "stable", offer(site.new, wrong), ["stable-1", "stable-2"])
-    refused(site, "its files are")
-
-
-def test_files_of_two_releases_are_refused(site: Site) -> None:
-    upload_blobs(site, site.new, "stable")
-
-    def mix(targets: Targets) -> None:
-        kept = targets.targets["stable/policy.json"]
-        offer(site.new, stable(site.new))(targets)
-        targets.targets["stable/policy.json"] = kept
-
-    forge(site, "stable", mix, ["stable-1", "stable-2"])
-    refused(site, "not one release")
-
-
-def test_robot_of_another_root_trusts_nothing_here(site: Site, tmp_path: Path) -> None:
-    stranger = Publisher(BucketStore(), tmp_path / "other-keys")
-    stranger.init()
-    with robot(tmp_path, site.store, stranger, "r2") as r:
-        poll = r.poll(warm_up)
-        assert poll.action is Action.REFUSED
-        assert r.active() is None
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack_is_refused(site: Site, attack: str) -> None:
+    assert ATTACKS[attack](site)
 
 
 # ── what the publisher refuses ──────────────────────────────────────────────────────────────────────
