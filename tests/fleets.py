@@ -36,7 +36,7 @@ class ReportingFleet:
     ) -> None:
         self.store = store
         self.publisher = Publisher(store, keys)
-        self.publisher.init((approver,) if approver else ())
+        self.publisher.init(("ops", approver) if approver else ("ops",))
         self.publisher.publish(base, stable(base))
         self.base = bundle_digest(base)
         self.candidate_successes = candidate_successes  # of 40

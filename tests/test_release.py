@@ -58,7 +58,7 @@ def test_publisher_refuses_bytes_that_are_not_those_that_were_gated(site: Site) 
 def test_publisher_signs_nothing_on_top_of_altered_metadata(site: Site) -> None:
     """Else a forged, badly signed stable release would be signed properly with the next publication."""
     forge(site, "stable", offer(site.new, stable(site.new)), ["canary-1"])
-    site.server.overwrite("releases/log/00000003.json", site.server.data(TIMESTAMP))
+    site.server.overwrite("releases/log/00000004.json", site.server.data(TIMESTAMP))
     with pytest.raises(ReleaseError, match="nothing was signed"):
         site.publisher.refresh()
 

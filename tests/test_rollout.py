@@ -437,9 +437,9 @@ class AnyRollout(RuleBasedStateMachine):
     def the_log_explains_itself(self) -> None:
         assert [s.n for s in self.log] == list(range(1, len(self.log) + 1))
         assert all(s.evidence is not None and s.reason for s in self.log[1:])
-        assert {(s.bundle_digest, s.gate_digest, s.previous, s.cohort_below) for s in self.log} == {
-            (CANDIDATE, GATE, self.log[0].previous, EVERYONE)
-        }
+        assert {
+            (s.bundle_digest, s.gate_digest, s.previous.to_bytes(), s.cohort_below) for s in self.log
+        } == {(CANDIDATE, GATE, self.log[0].previous.to_bytes(), EVERYONE)}
 
 
 TestAnyRollout = AnyRollout.TestCase

@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import uuid
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -138,6 +139,35 @@ class Bucket:
             raise _error(404, code) from None
 
 
+class LargeBucket(Bucket):
+    """In memory, with listings that do not look at every key: for hundreds of thousands of objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sorted: list[str] = []
+
+    def _put(self, key: str, data: bytes, metadata: dict[str, str], once: bool) -> None:
+        if key not in self.objects:
+            insort(self._sorted, key)
+        super()._put(key, data, metadata, once)
+
+    def delete_object(self, *, Bucket: str, Key: str) -> dict[str, Any]:
+        if Key in self.objects:
+            del self._sorted[bisect_left(self._sorted, Key)]
+        return super().delete_object(Bucket=Bucket, Key=Key)
+
+    def _keys(self, prefix: str, delimiter: str) -> list[str]:
+        keys, i, found = self._sorted, bisect_left(self._sorted, prefix), []
+        while i < len(keys) and keys[i].startswith(prefix):
+            folder, slash, _ = keys[i][len(prefix) :].partition(delimiter or "\0")
+            if slash:  # the first key after everything that begins like this
+                i = bisect_left(keys, f"{prefix}{folder}{chr(ord(delimiter) + 1)}", i)
+                continue
+            found.append(keys[i])
+            i += 1
+        return found
+
+
 class DirectoryBucket(Bucket):
     """Objects as files under a directory, so that processes share them and outlive one another."""
 
@@ -150,6 +180,7 @@ class DirectoryBucket(Bucket):
     def _put(self, key: str, data: bytes, metadata: dict[str, str], once: bool) -> None:
         if not _write(self.root / key, data, metadata, once):
             raise _error(412, "PreconditionFailed")
+        self.arrived[key] = self.clock()
 
     def _keys(self, prefix: str, delimiter: str) -> list[str]:
         folder = self.root / prefix.rpartition("/")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from flywheel import rollout
 from flywheel.config import RolloutSettings
 from flywheel.edge.updater import Action
-from flywheel.rehearsal.bucket import BucketStore
+from flywheel.rehearsal.bucket import Bucket, BucketStore
 from flywheel.rehearsal.deliveries import Clock, make_bundle, robot, upload, warm_up
 from flywheel.rehearsal.site import expect
 from flywheel.release import Publisher
@@ -30,10 +30,10 @@ class RolloutSite:
 
     names = ("r1", "r2", "r3", "r4")
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, bucket: Bucket | None = None) -> None:
         self.root = root
         self.clock = Clock()
-        self.store = BucketStore()
+        self.store = BucketStore(bucket)
         self.store.server.clock = self.clock.utc
         self.publisher = Publisher(self.store, root / "keys")
         self.publisher.init(("op",))

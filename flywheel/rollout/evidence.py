@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,7 +36,7 @@ from flywheel.schema import (
     cohort_draw,
     sha256_bytes,
 )
-from flywheel.store import Store
+from flywheel.store import ObjectInfo, Store
 
 READERS = 8
 # Below these, differences do not matter, so they neither speak for nor against a policy (assumptions, but
@@ -46,11 +47,27 @@ LATE_FLOOR_NS = 1e6
 
 
 class Evidences:
-    """Documents that are written once, kept from one look to the next: a look at 10,000 robots reads what is
-    new. For one process; documents that were not understood are read again each time."""
+    """Documents kept from one look of a process to the next: a look at 10,000 robots reads what is new.
+
+    A document is known by when the store received it. A store's times may be whole seconds, in which a key
+    may be written twice: what was received less than ``SETTLED_S`` before it was read is read again.
+    """
+
+    SETTLED_S = 5.0
 
     def __init__(self) -> None:
-        self.batches: dict[str, CanaryEvidence] = {}
+        self._known: dict[str, tuple[datetime, datetime, BaseModel]] = {}
+
+    def get[M: BaseModel](self, info: ObjectInfo, kind: type[M]) -> M | None:
+        """What is kept of an object, if it is still that."""
+        received, newest, found = self._known.get(info.key, (None, None, None))
+        if received != info.modified or newest is None or not isinstance(found, kind):
+            return None
+        return found if newest - info.modified > timedelta(seconds=self.SETTLED_S) else None
+
+    def keep(self, info: ObjectInfo, newest: datetime, found: BaseModel) -> None:
+        """Keep what was read; ``newest`` is the store's time then, as far as its listing tells."""
+        self._known[info.key] = (info.modified, newest, found)
 
 
 def read_documents[M: BaseModel](
@@ -58,14 +75,15 @@ def read_documents[M: BaseModel](
     prefix: str,
     kind: type[M],
     key_of: Callable[[M], str],
-    kept: dict[str, M] | None = None,
+    kept: Evidences | None = None,
 ) -> tuple[list[M], dict[str, int], list[str]]:
     """Every document under a prefix, in key order; by key when it reached the store (UTC ns, by the store's
     clock); and what was ignored and why. ``kept`` spares reading what was read before."""
 
-    def read(key: str) -> M | str | None:
-        if kept is not None and (known := kept.get(key)) is not None:
+    def read(info: ObjectInfo) -> M | str | None:
+        if kept is not None and (known := kept.get(info, kind)) is not None:
             return known
+        key = info.key
         try:
             found = kind.model_validate_json(store.get(key))
         except NotFound:
@@ -76,12 +94,16 @@ def read_documents[M: BaseModel](
         if key_of(found) != key:
             return f"{key}: says that it is {key_of(found)}"
         if kept is not None:
-            kept[key] = found
+            kept.keep(info, newest, found)
         return found
 
-    arrived = {i.key: round(i.modified.timestamp() * 1e9) for i in store.list(prefix)}
+    listed = list(store.list(prefix))
+    newest = max((i.modified for i in listed), default=datetime.min)
+    arrived = {i.key: round(i.modified.timestamp() * 1e9) for i in listed}
+    new = [i for i in listed if kept is None or kept.get(i, kind) is None]
     with ThreadPoolExecutor(READERS) as pool:
-        results = list(pool.map(read, arrived))
+        fresh = dict(zip((i.key for i in new), pool.map(read, new), strict=True))
+    results = [fresh[i.key] if i.key in fresh else read(i) for i in listed]
     ignored = [r for r in results if isinstance(r, str)]
     return [r for r in results if isinstance(r, kind)], arrived, ignored
 
@@ -102,14 +124,14 @@ def read_inputs(
     store: Store, state: RolloutState, plan: FleetPlan | None = None, kept: Evidences | None = None
 ) -> Inputs:
     """Every document that bears on a rollout."""
-    robots, arrived, bad_robots = read_documents(store, "fleet/robots/", RobotReport, _report_key)
+    robots, arrived, bad_robots = read_documents(store, "fleet/robots/", RobotReport, _report_key, kept)
     shadow, _, bad_shadow = read_documents(store, f"{state.prefix}/shadow/", ShadowReport, lambda d: d.key)
     batches, _, bad_batches = read_documents(
         store,
         f"{state.prefix}/evidence/",
         CanaryEvidence,
         lambda d: d.key,
-        kept.batches if kept is not None else None,
+        kept,
     )
     return Inputs(
         robots=tuple(robots),

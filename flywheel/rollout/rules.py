@@ -186,7 +186,7 @@ def assess(state: RolloutState, evidence: Evidence) -> tuple[dict[str, Any], tup
     tests, success = _success(state, evidence)
     checks: tuple[Check, ...] = (
         _heard("fleet heard" if wide else "cohort heard", heard, settings.quorum),
-        _running(heard, 1.0 if wide else settings.quorum),
+        _running(heard, settings.wide_share if wide else settings.quorum, settings.wide_share),
         _given_back(heard, settings.quorum),
         _invalid(evidence.candidate, evidence.current, settings.max_invalid_per_episode),
         success,
@@ -211,9 +211,11 @@ def _heard(name: str, heard: Heard, quorum: float) -> Check:
     return Check(name=name, verdict=verdict, value=heard.fresh, bar=bar, n=heard.known)
 
 
-def _running(heard: Heard, share: float) -> Check:
+def _running(heard: Heard, share: float, known: float) -> Check:
+    """``known`` is the share of robots that must run bytes which somebody offered them."""
     need = max(1, math.ceil(share * heard.fresh - 1e-9))
-    verdict = Verdict.PROMOTE if heard.loaded >= need and not heard.foreign else Verdict.HOLD
+    foreign = heard.foreign > math.floor((1 - known) * heard.fresh + 1e-9)
+    verdict = Verdict.PROMOTE if heard.loaded >= need and not foreign else Verdict.HOLD
     bar = f"≥ {need} run it, confirmed"
     if heard.foreign:
         bar += f"; {heard.foreign} run bytes that nobody offered them"
