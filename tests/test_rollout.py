@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,16 @@ from flywheel.config import RolloutSettings
 from flywheel.errors import BundleError, StageError
 from flywheel.rehearsal.rollouts import RolloutSite as Site
 from flywheel.rollout.documents import Approval, Arm, Compared, Evidence, Heard, Inputs, RolloutState, Tail
-from flywheel.rollout.evidence import cohort_limit, sum_up
+from flywheel.rollout.evidence import cohort_limit, site_limits, sum_up
 from flywheel.rollout.rules import NEXT, assess, combine, decide
 from flywheel.schema import (
     EVERYONE,
     CanaryEvidence,
     Check,
+    FleetPlan,
     Group,
+    HoldBack,
+    Pin,
     Release,
     RobotReport,
     RolloutStage,
@@ -419,7 +426,7 @@ class AnyRollout(RuleBasedStateMachine):
             assert not e.gate_objection, "went on without a promoting gate"
         if to is RolloutStage.WIDE:
             assert any(
-                a.decision is Verdict.PROMOTE
+                a.decision == Verdict.PROMOTE
                 and (a.rollout_id, a.bundle_digest, a.gate_digest) == (RID, CANDIDATE, GATE)
                 and a.state_n >= before.since_n
                 for a in self.approvals
@@ -748,3 +755,202 @@ def test_cohort_is_the_share_asked_for_and_leaves_somebody_out(
     assert sum(cohort_draw(RID, n) < below for n in names) == size
     with pytest.raises(StageError, match="no robot"):
         cohort_limit(RID, [], fraction)
+
+
+# ── waves, exceptions, people's orders ──────────────────────────────────────────────────────────────
+
+
+def say(site: Site, decision: rollout.Decision, reason: str = "because") -> None:
+    site.clock.advance(1)
+    rollout.approve(site.store, site.publisher, site.id, decision, "op", reason, clock_ns=site.clock)
+
+
+def test_waves_reach_no_robot_beyond_their_share_and_the_last_one_all(site: Site) -> None:
+    site.settings = site.settings.model_copy(update={"waves": (0.5, 1.0), "wide_share": 1.0})
+    site.to_wide()
+    base = bundle_digest(site.base)
+    draws = {n: cohort_draw(site.id, n) for n in site.names}
+    below = rollout.status(site.store, site.id).state.below
+    assert below < EVERYONE
+    expected = {n: site.candidate if d < below else base for n, d in draws.items()}
+    assert site.poll() == expected
+    stable = site.publisher.current(Group.STABLE)
+    assert stable is not None
+    assert stable.digest == base
+    for _ in range(2):
+        site.work(20, 0.9, 0.4)
+        site.look()
+    assert rollout.status(site.store, site.id).state.wave == 2
+    assert set(site.poll().values()) == {site.candidate}
+
+
+def test_roll_back_from_a_wave_takes_it_from_all_who_have_it(site: Site) -> None:
+    site.settings = site.settings.model_copy(update={"waves": (0.9, 1.0)})
+    site.to_wide()
+    site.poll()
+    say(site, rollout.Decision.ROLL_BACK)
+    assert site.look().state.stage is RolloutStage.ROLLED_BACK
+    assert set(site.poll().values()) == {bundle_digest(site.base)}
+    assert site.publisher.current(Group.WAVE) is None
+
+
+def test_paused_rollout_goes_no_further_but_back_until_it_is_resumed(site: Site) -> None:
+    site.to_canary()
+    say(site, rollout.Decision.PAUSE, "line 3 is being rebuilt")
+    paused = site.look().state
+    assert paused.paused
+    assert "line 3" in paused.reason
+    site.work(20, 0.9, 0.4)
+    site.clock.advance(10 * 86400)
+    site.poll()
+    assert site.look().state.stage is RolloutStage.CANARY, "time that it stands counts"
+    say(site, rollout.Decision.RESUME)
+    assert not site.look().state.paused
+    site.poll()
+    assert site.look().state.stage is RolloutStage.APPROVAL
+
+
+def test_paused_rollout_is_still_rolled_back(site: Site) -> None:
+    site.to_canary()
+    say(site, rollout.Decision.PAUSE)
+    site.look()
+    site.work(20, 0.0, 0.8)
+    assert site.look().state.stage is RolloutStage.ROLLED_BACK
+
+
+def test_skip_stands_in_for_evidence_but_never_for_silence_or_approval(site: Site) -> None:
+    site.to_canary()
+    say(site, rollout.Decision.SKIP, "seen enough")
+    assert site.look().state.stage is RolloutStage.CANARY, "nobody was heard to run it"
+    site.work(5, 0.9, 0.4)
+    seen = site.look().state
+    assert seen.stage is RolloutStage.APPROVAL
+    assert "skipped by op: seen enough; without success" in seen.reason
+    with pytest.raises(StageError, match="cannot be skipped"):
+        say(site, rollout.Decision.SKIP)
+    with pytest.raises(StageError, match="say why"):
+        say(site, rollout.Decision.PAUSE, "")
+
+
+def test_new_candidate_supersedes_one_that_nobody_approved(site: Site) -> None:
+    site.to_approval()
+    old = site.id
+    site.gate = site.report(note="another")
+    first = rollout.start(
+        site.store,
+        site.publisher,
+        site.candidate,
+        site.gate,
+        site.settings,
+        supersede=True,
+        clock_ns=site.clock,
+    )
+    assert first.stage is RolloutStage.SHADOW
+    ended = rollout.status(site.store, old).state
+    assert ended.stage is RolloutStage.HELD
+    assert ended.reason == f"superseded by rollout {first.rollout_id}"
+    assert set(site.poll().values()) == {bundle_digest(site.base)}
+    canary = site.publisher.current(Group.CANARY)
+    assert canary is not None
+    assert canary.rollout_id == first.rollout_id
+
+
+def test_pinned_robot_and_held_back_site_keep_what_they_run_until_lifted_or_revoked(site: Site) -> None:
+    base = bundle_digest(site.base)
+    until = site.clock() + 3600 * S
+    pin = Pin(robot="r1", digest=base, by="op", reason="under test")
+    hold = HoldBack(robot="r2", until_unix_ns=until, by="op", reason="stock-taking")
+    site.publisher.set_plan(FleetPlan(pins=(pin,), holds=(hold,)))
+    new = make_bundle(site.root, "newer")
+    site.publisher.publish(new, Release(group=Group.STABLE, digest=bundle_digest(new)))
+    running = site.poll()
+    assert (running["r1"], running["r2"], running["r3"]) == (base, base, bundle_digest(new))
+    assert site.poll(("r9",))["r9"] == bundle_digest(new)
+    site.clock.advance(3601)
+    assert site.poll()["r2"] == bundle_digest(new)
+    assert site.poll()["r1"] == base
+    site.publisher.publish(new, Release(group=Group.STABLE, digest=bundle_digest(new), revokes=(base,)))
+    assert site.poll()["r1"] == bundle_digest(new), "a revoked policy is kept by no pin"
+
+
+def test_pin_brings_a_robot_with_an_empty_disk_to_an_older_policy(site: Site) -> None:
+    base = bundle_digest(site.base)
+    new = make_bundle(site.root, "newer")
+    site.publisher.publish(new, Release(group=Group.STABLE, digest=bundle_digest(new)))
+    site.publisher.set_plan(FleetPlan(pins=(Pin(robot="r7", digest=base, by="op", reason="as it was"),)))
+    assert site.poll(("r7", "r8")) == {"r7": base, "r8": bundle_digest(new)}
+
+
+def test_site_cap_bounds_the_cohort_at_each_site() -> None:
+    reports = [
+        RobotReport(site=f"s{i % 3}", robot=f"r{i}", t_unix_ns=T0, loaded_digest=CURRENT) for i in range(30)
+    ]
+    bounds = site_limits(RID, reports, 2)
+    release = Release(group=Group.CANARY, digest=CANDIDATE, rollout_id=RID, site_below=bounds)
+    for s in ("s0", "s1", "s2"):
+        assert sum(release.admits(r.robot, r.site) for r in reports if r.site == s) == 2
+    assert site_limits(RID, reports, 0) == {}
+
+
+def test_robots_are_heard_by_the_stores_clock_not_their_own() -> None:
+    wrong = RobotReport(site="s", robot="r1", t_unix_ns=T0 - 10**15, loaded_digest=CURRENT)
+    inputs = Inputs(robots=(wrong,), heard={"r1": T0}, shadow=(), batches=(), ignored=())
+    assert sum_up(state(cohort_below=EVERYONE), inputs, None, CURRENT, "", T0).fleet.fresh == 1
+    late = inputs.model_copy(update={"heard": {"r1": T0 - 10**15}})
+    assert sum_up(state(cohort_below=EVERYONE), late, None, CURRENT, "", T0).fleet.fresh == 0
+
+
+class AnyFleet(RuleBasedStateMachine):
+    """Robots, people and time in any order: no robot runs what was not released for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="any-fleet-"))
+        self.site = Site(self.root)
+        self.site.settings = self.site.settings.model_copy(update={"waves": (0.6, 1.0)})
+        self.site.start()
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root)
+
+    @rule(name=st.sampled_from(Site.names))
+    def robot_looks(self, name: str) -> None:
+        self.site.poll((name,))
+
+    @rule(good=st.sampled_from([0.9, 0.9, 0.0]))
+    def fleet_works(self, good: float) -> None:
+        self.site.shadow()
+        self.site.work(20, good, 0.4)
+
+    @rule()
+    def wheel_looks(self) -> None:
+        self.site.look()
+
+    @rule(decision=st.sampled_from(list(rollout.Decision)))
+    def person_decides(self, decision: rollout.Decision) -> None:
+        with suppress(StageError):
+            say(self.site, decision)
+
+    @rule()
+    def stranger_writes_an_approval(self) -> None:
+        s = rollout.status(self.site.store, self.site.id).state
+        forged = approval(s)
+        self.site.store.put(f"{s.prefix}/approvals/{forged.digest}.json", forged.to_bytes())
+
+    @invariant()
+    def nothing_runs_that_nobody_let_run(self) -> None:
+        states = rollout.history(self.site.store, self.site.id)
+        acted = any(s.stage is RolloutStage.CANARY for s in states)
+        wide = max((s.below for s in states if s.stage is RolloutStage.WIDE), default=0)
+        assert not wide or any(s.approved_by for s in states)
+        for name in self.site.names:
+            slots = json.loads((self.root / name / "slots.json").read_bytes())
+            digest = bundle_digest(self.root / name / "slots" / slots["active"])
+            assert digest in (bundle_digest(self.site.base), self.site.candidate)
+            if digest == self.site.candidate:
+                draw = cohort_draw(self.site.id, name)
+                assert draw < max(states[0].cohort_below if acted else 0, wide), f"{name} runs it unasked"
+
+
+TestAnyFleet = AnyFleet.TestCase
+TestAnyFleet.settings = hypothesis_settings(max_examples=6, stateful_step_count=12, deadline=None)

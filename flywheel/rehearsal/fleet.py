@@ -57,8 +57,8 @@ from flywheel.schema import (
 )
 
 SITES = 40
-SAMPLE = 8  # robots with the real updater
-BATCH_S = 1800.0
+SAMPLE = 4  # robots with the real updater
+BATCH_S = 3600.0
 REPORT_EVERY = 3  # polls, unless the policy changed
 SKEW_S = 7200.0
 CANARY = 0.01
@@ -86,6 +86,7 @@ class Robot:
     gone: bool = False
     batches: int = 0
     polls: int = 0
+    shadowed: int = 0  # episodes, of the rollout under way
     updater: Updater | None = None
 
 
@@ -211,20 +212,22 @@ class Simulation:
         self.rate[digest] = rate
         settings = RolloutSettings(
             canary_fraction=CANARY,
-            canary_episodes=400,
-            shadow_episodes=200,
-            wide_episodes=400,
+            canary_episodes=200,
+            shadow_episodes=100,
+            wide_episodes=200,
             waves=(0.1, 0.5, 1.0),
             max_drop=0.05,
-            silence_s=5 * HOUR,
+            silence_s=8 * HOUR,
             quorum=0.7,
             wide_share=0.97,  # some robots' last word is an old one that came late
         )
         state = rollout.start(self.store, self.publisher, digest, gate, settings, clock_ns=self.clock)
         self.rid = state.rollout_id
         self.rollouts.append(self.rid)
+        for robot in self.fleet:
+            robot.shadowed = 0
         cohort = [r for r in self.fleet if cohort_draw(self.rid, r.name) < state.cohort_below]
-        for robot in [r for r in cohort if not r.gone and r.updater is None][: SAMPLE // 4]:
+        for robot in [r for r in cohort if not r.gone and r.updater is None][: SAMPLE // 2]:
             self._attach(robot)
             robot.loaded = ""  # it starts from an empty disk
         self.first_bad = None
@@ -339,7 +342,7 @@ class Simulation:
             self.at(self.now + self.rng.exponential(2 * HOUR), partial(self.store.put, key, data))
 
     def _work(self, robot: Robot) -> None:
-        """Half an hour's attempts; what they gave goes to the rollout under way, if the robot is asked."""
+        """An hour's attempts; what they gave goes to the rollout under way, if the robot is asked."""
         if robot.gone:
             return
         self.at(self.now + self.rng.uniform(0.9, 1.1) * BATCH_S, partial(self._work, robot))
@@ -376,13 +379,14 @@ class Simulation:
     def _shadow(self, robot: Robot, release: Release) -> None:
         if not release.admits(robot.name, robot.site):
             return
+        robot.shadowed += 10
         report = ShadowReport(
             rollout_id=release.rollout_id,
             robot=robot.name,
             digest=release.digest,
             current_digest=robot.loaded,
-            episodes=10,
-            chunks=600,
+            episodes=robot.shadowed,
+            chunks=60 * robot.shadowed,
             invalid=0,
             rms_difference=0.02,
             infer_p99_ns=5_000_000,
@@ -413,7 +417,7 @@ class Simulation:
 
 
 class _Authority:
-    """What each robot may run, kept apart from what decides it: from signed releases and verified approvals."""
+    """What each robot may run, by signed releases and verified approvals; apart from what decides it."""
 
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
@@ -493,11 +497,11 @@ def bench(full: bool = False, robots: int = 10_000) -> dict[str, Any]:
     real, os.fsync = os.fsync, lambda fd: None  # no machine dies here
     try:
         with tempfile.TemporaryDirectory(prefix="flywheel-fleet-") as d:
-            figures = _run(Simulation(Path(d), robots, HOUR / pace, HOUR / pace))
+            figures = _run(Simulation(Path(d), robots, HOUR / pace, 2 * HOUR / pace))
     finally:
         os.fsync = real
     figures["seconds"] = time.monotonic() - started
-    look, poll = HOUR / pace, 1.1 * HOUR / pace
+    look, poll = HOUR / pace, 2.2 * HOUR / pace
     bars = {
         "bad_release_exposed_share": ("<=", CANARY),
         "bad_release_rollback_s": ("<=", look),
@@ -526,7 +530,7 @@ def _run(sim: Simulation) -> dict[str, float]:
     figures: dict[str, float] = {}
     breaches = 0
     try:
-        sim.run(3 * HOUR)
+        sim.run(5 * HOUR)
         bad = sim.begin("bad", 0.70)
         sim.churn(len(sim.fleet) // 100)
         rolled_back = sim.run(sim.now + DAY, lambda: sim.stage() is RolloutStage.ROLLED_BACK)
