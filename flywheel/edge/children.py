@@ -143,12 +143,15 @@ class Watched:
     """A process and how it is: starting, ready, or ended and why."""
 
     def __init__(self, child: Child, place: Place, settings: SupervisionSettings, now_s: float) -> None:
+        """``now_s``: when it was started, or taken over."""
         self.child = child
         self.place = place
         self.since_s = now_s
         self.said: dict[str, Any] = {}
         self._settings = settings
-        self._beat = Heartbeat(settings.beat_s)
+        systems = child.record.role in ("system1", "system2")
+        self._limit_s = settings.beat_s if systems else settings.aside_beat_s
+        self._beat = Heartbeat(self._limit_s)
         self._start = Heartbeat(settings.start_s)  # that it takes to be ready; looked at in the same way
         self._killed = ""
 
@@ -172,7 +175,7 @@ class Watched:
         if self.ready:
             ticks = load(self.place.status, TICKS)
             if beats and self._beat.stalled(ticks, now_s):
-                self._kill(f"stood still for {self._settings.beat_s:g} s")
+                self._kill(f"stood still for {self._limit_s:g} s")
         elif self._start.stalled(0, now_s):
             self._kill(f"was not ready within {self._settings.start_s:g} s")
         return self._killed or None

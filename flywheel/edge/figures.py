@@ -17,13 +17,15 @@ from flywheel.edge.rows import EventLog
 from flywheel.schema import Mode
 
 BUCKETS_US = (5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000, 10000, 50000)  # upper bounds
+INFER_BUCKETS_MS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500)
 BATCHES = 1 << 15  # looks at 20 Hz: the last 27 minutes
 _BOUNDS_NS = np.array(BUCKETS_US) * 1000
+_INFER_BOUNDS_NS = np.array(INFER_BUCKETS_MS) * 1_000_000
 
 
-def _histogram(ns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many values fall into each of ``BUCKETS_US``, and above."""
-    return np.bincount(np.searchsorted(_BOUNDS_NS, ns), minlength=len(BUCKETS_US) + 1)
+def _histogram(ns: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many values fall into each bucket, by upper bounds, and above the last."""
+    return np.bincount(np.searchsorted(bounds, ns), minlength=len(bounds) + 1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Figures:
         self._missed = self._run = self._longest = 0
         self.late_counts = np.zeros(len(BUCKETS_US) + 1, np.int64)
         self.compute_counts = np.zeros(len(BUCKETS_US) + 1, np.int64)
-        self.late_sum_ns = self.compute_sum_ns = 0
+        self.infer_counts = np.zeros(len(INFER_BUCKETS_MS) + 1, np.int64)
+        self.late_sum_ns = self.compute_sum_ns = self.infer_sum_ns = 0
         self._mode = int(Mode.HOLD)
         self._age = -1
         self._first = self._last = self._deadline = -1
@@ -157,6 +160,8 @@ class Figures:
         if len(frames):
             self._chunks += len(frames)
             self._kept["infer"].append(infer)
+            self.infer_sum_ns += int(infer.sum())
+            self.infer_counts += _histogram(infer, _INFER_BOUNDS_NS)
         said = self._system2.poll().rows
         rejected = int(((said["kind"] == b"policy") & (said["name"] == b"rejected")).sum())
         self._rejected += rejected
@@ -191,8 +196,8 @@ class Figures:
         self._age = int(rows["chunk_age_ns"][-1])
         self.late_sum_ns += int(rows["late_ns"].sum())
         self.compute_sum_ns += int(rows["compute_ns"].sum())
-        self.late_counts += _histogram(rows["late_ns"])
-        self.compute_counts += _histogram(rows["compute_ns"])
+        self.late_counts += _histogram(rows["late_ns"], _BOUNDS_NS)
+        self.compute_counts += _histogram(rows["compute_ns"], _BOUNDS_NS)
         self._kept["late"].append(rows["late_ns"])
         self._kept["compute"].append(rows["compute_ns"])
         self._kept["age"].append(rows["chunk_age_ns"][rows["mode"] == Mode.FOLLOW])

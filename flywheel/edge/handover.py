@@ -26,7 +26,6 @@ from flywheel.edge.processes import BundleRef, Plan, Shared
 from flywheel.errors import ConfigError
 from flywheel.schema import Strict
 
-
 RECORD_FILE = "runtime.json"
 
 

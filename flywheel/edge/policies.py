@@ -224,6 +224,10 @@ class Policies:
         try:
             if self.busy:
                 raise BundleError(f"{ref.directory}: another change of policy is under way; try again")
+            if self.trial and then != "fall back":
+                raise BundleError(
+                    f"{ref.directory}: the acting policy is on trial; try again when it is over"
+                )
             if not ref.digest:
                 raise ConfigError(f"{ref.directory}: give the digest that was verified")
             require_fit(self._plan, ref)
@@ -334,7 +338,8 @@ class Policies:
             if w.ready and not self.current.digest:  # the first one: from now on only these bytes
                 self.current = self.current.model_copy(update={"digest": self.loaded})
             return
-        self._conduct.crashed(now_s)
+        if w.child.code != 0:  # 0: somebody asked it to end
+            self._conduct.crashed(now_s)
         self._backoff, pause = self._backoff.ended(now_s - w.since_s, self._settings)
         if w.hopeless:
             pause = float("inf")

@@ -37,7 +37,7 @@ from flywheel.robot import Perception, Robot
 LEAVE_NS = 2_000_000_000  # longest that coming to rest at the end may take
 RECORDER_S = 0.05  # between two looks of the recorder at its rings
 UPLOADER_S = 1.0
-NICE = 10  # of the recorder and the uploader: they never hurry
+NICE = 5  # of the recorder and the uploader: they never hurry
 
 
 class _Stop:

@@ -22,7 +22,8 @@ class SupervisionSettings(Section):
     """How the supervisor treats the processes beside System 1. No safety limit: those are System 1's own."""
 
     start_s: Seconds = 180.0  # the first start compiles the control law
-    beat_s: Seconds = 2.0  # a process whose heartbeat stands still for this long is killed
+    beat_s: Seconds = 2.0  # a System whose heartbeat stands still for this long is killed
+    aside_beat_s: Seconds = 5.0  # the same for the recorder, which runs when nobody else wants to
     backoff_first_s: Seconds = 0.5  # pause before a process is started again; doubled each time …
     backoff_max_s: Seconds = 8.0  # … up to this
     settled_s: Seconds = 30.0  # a process that ran for this long begins with the first pause again

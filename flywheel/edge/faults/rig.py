@@ -24,7 +24,7 @@ from flywheel.twin.cell import STEP_NS as TICK_NS
 JOINTS = 5
 INERTIA = 0.5  # kg·m², every joint
 SIDE = 16  # px
-CENTRE, RADIUS, SPEED = 0.5, 0.5, 1.5  # rad, rad, rad/s along the circle's angle
+CENTRE, RADIUS, SPEED = 0.5, 0.5, 3.0  # rad, rad, rad/s along the circle's angle
 STEP_NS, STEPS, EXECUTE = 100_000_000, 16, 8
 FAR_OUT = 0.9  # rad: where the variants fail, a fifth of a revolution
 WORLD = aligned([("q", np.float64, (JOINTS,))])
@@ -113,18 +113,22 @@ class RigEyes:
 
 
 class Operator:
-    """Moves the wrist while the file ``intervene`` exists in ``args["directory"]``."""
+    """While the file ``intervene`` exists in the directory, goes on around the circle with the elbow bent."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / INTERVENE
 
     def __call__(self, seen: Observation) -> FloatArray | None:
-        """The operator's target, if there is one."""
+        """The operator's chunk ``[T, n]``, if there is one."""
         if not self._file.exists():
             return None
-        target = seen.q.copy()
-        target[2] += 0.05 if target[2] < 0.5 else -0.05
-        return target
+        k = np.arange(1, EXECUTE + 1)
+        angle = np.arctan2(seen.q[1], seen.q[0] - CENTRE) - SPEED * k * STEP_NS * 1e-9
+        chunk = np.zeros((EXECUTE, JOINTS))
+        chunk[:, 0] = CENTRE + RADIUS * np.cos(angle)
+        chunk[:, 1] = RADIUS * np.sin(angle)
+        chunk[:, 2] = seen.q[2] + 0.01 * k
+        return chunk
 
 
 def robot(args: dict[str, Any], world: memoryview) -> Rig:
@@ -159,7 +163,7 @@ def write_nan(directory: Path) -> Path:
 
 
 def write_crash(directory: Path) -> Path:
-    """Where the joint is far out, the one integer quotient that overflows (-2⁶³ / -1): SIGFPE in the graph."""
+    """Where the joint is far out, the one integer quotient that overflows (-2⁶³ / -1): SIGFPE."""
     nodes: list[Node] = [
         ("Where", ["far", "minus_one", "least"], ["divisor"], {}),
         ("Div", ["least", "divisor"], ["quotient"], {}),
@@ -218,7 +222,9 @@ def _write(directory: Path, name: str, extra: list[Node], constants: dict[str, A
     try:
         import onnx
     except ImportError:
-        raise ConfigError("the policies of this benchmark need the package onnx: install flywheel[train]") from None
+        raise ConfigError(
+            "the policies of this benchmark need the package onnx: install flywheel[train]"
+        ) from None
     from onnx import TensorProto as T
     from onnx import helper, numpy_helper
 
@@ -277,10 +283,7 @@ def _write(directory: Path, name: str, extra: list[Node], constants: dict[str, A
         [helper.make_node(op, takes, gives, **more) for op, takes, gives, more in nodes],
         name,
         [helper.make_tensor_value_info(n, *spec) for n, spec in inputs.items()],
-        [
-            helper.make_tensor_value_info(n, T.FLOAT, [1, STEPS, JOINTS])
-            for n in ("actions", "actions_norm")
-        ],
+        [helper.make_tensor_value_info(n, T.FLOAT, [1, STEPS, JOINTS]) for n in ("actions", "actions_norm")],
         [numpy_helper.from_array(v, k) for k, v in values.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
