@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from typing import IO, Any, Self
+from typing import Any, Self, TextIO
 
 import structlog
 
+from flywheel.edge.history import text
 from flywheel.edge.link import Ring
-from flywheel.edge.triggers import text
 
 LOOK_S = 0.1
-_WARN = ("system1", "system2", "recorder", "uploader", "fell_back", "refused", "rejected", "standby_lost", "kept")
+_WARN = ("system2", "recorder", "uploader", "fell_back", "refused", "rejected", "standby_lost", "kept")
 
 
 class Journal:
     """Logs what comes into event rings; a context manager. ``fields`` are on every line."""
 
-    def __init__(self, *rings: Ring, from_start: bool, to: IO[str] | None = None, **fields: Any) -> None:
+    def __init__(self, *rings: Ring, from_start: bool, to: TextIO | None = None, **fields: Any) -> None:
         self._readers = [r.reader(from_start) for r in rings]
         self._to = to or sys.stderr
         self.log: Any = structlog.wrap_logger(

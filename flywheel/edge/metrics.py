@@ -55,12 +55,12 @@ class Metrics(Collector):
 
     def update(self, wall: Wall) -> None:
         """Take a snapshot."""
-        status, figures = wall.status(), wall.figures
-        counts = figures.counts
+        status, f = wall.status(), wall.figures
+        counts = f.counts
         p = "flywheel_"
         mode = GaugeMetricFamily(p + "mode", "What System 1 is doing: 1 for its mode.", labels=["mode"])
         for m in Mode:
-            mode.add_metric([m.name.lower()], float(m is figures.mode))
+            mode.add_metric([m.name.lower()], float(m is f.mode))
         limits = GaugeMetricFamily(p + "limit_acted", "1 if a limit acted since the start.", labels=["limit"])
         for limit in Limit:
             limits.add_metric([str(limit.name).lower()], float(bool(counts["limits"] & limit)))
@@ -74,16 +74,14 @@ class Metrics(Collector):
             CounterMetricFamily(p + "ticks", "Ticks of System 1.", counts["ticks"]),
             CounterMetricFamily(p + "deadline_misses", "Deadlines that System 1 missed.", counts["missed"]),
             GaugeMetricFamily(p + "longest_miss_run", "Most missed deadlines in a row.", counts["longest"]),
-            _histogram(p + "tick_lateness_seconds", "Of waking.", figures.late_counts, figures.late_sum_ns),
-            _histogram(p + "tick_compute_seconds", "Of a tick.", figures.compute_counts, figures.compute_sum_ns),
-            _histogram(
-                p + "inference_seconds", "Of System 2.", figures.infer_counts, figures.infer_sum_ns, True
-            ),
+            _histogram(p + "tick_lateness_seconds", "Of waking.", f.late_counts, f.late_sum_ns),
+            _histogram(p + "tick_compute_seconds", "Of a tick.", f.compute_counts, f.compute_sum_ns),
+            _histogram(p + "inference_seconds", "Of System 2.", f.infer_counts, f.infer_sum_ns, True),
             mode,
             limits,
-            GaugeMetricFamily(p + "chunk_age_seconds", "Of the chunk in use.", figures.chunk_age_ns * 1e-9),
+            GaugeMetricFamily(p + "chunk_age_seconds", "Of the chunk in use.", f.chunk_age_ns * 1e-9),
             CounterMetricFamily(p + "chunks", "Published.", counts["chunks"]),
-            CounterMetricFamily(p + "chunks_rejected", "Refused before they were published.", counts["rejected"]),
+            CounterMetricFamily(p + "chunks_rejected", "Refused, not published.", counts["rejected"]),
             restarts,
             policy,
             CounterMetricFamily(p + "policy_swaps", "Policies put in use.", status["swaps"]),

@@ -37,7 +37,6 @@ from flywheel.robot import Perception, Robot
 LEAVE_NS = 2_000_000_000  # longest that coming to rest at the end may take
 RECORDER_S = 0.05  # between two looks of the recorder at its rings
 UPLOADER_S = 1.0
-NICE = 5  # of the recorder and the uploader: they never hurry
 
 
 class _Stop:
@@ -129,6 +128,7 @@ def run_system2(plan: Plan, shared: Shared, place: Place, generation: int) -> No
     stop = _Stop(plan, shared)
     if plan.others:
         os.sched_setaffinity(0, plan.others)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # loading yields to the one that acts
     policy = Policy.load(plan.bundle_dir, plan.threads)
     if plan.bundle_digest and policy.digest != plan.bundle_digest:
         raise BundleError(
@@ -152,6 +152,7 @@ def run_system2(plan: Plan, shared: Shared, place: Place, generation: int) -> No
     system2.self_test(plan.instruction)
     period = round(1e9 / plan.policy_hz)
     realtime.pace(np.zeros(realtime.STATUS_WORDS, np.int64), period)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     place.status[:] = 0
     store(place.words, ACK, -1)
     place.tell(ready="system2", digest=policy.digest, limits_sha256=limits.sha256)
@@ -264,7 +265,7 @@ def _aside(plan: Plan, shared: Shared) -> tuple[Recording, _Stop]:
     stop = _Stop(plan, shared)
     if plan.others:
         os.sched_setaffinity(0, plan.others)
-    os.nice(NICE)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # it never interrupts System 2
     return plan.recording, stop
 
 

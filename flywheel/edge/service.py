@@ -11,9 +11,9 @@ import socket
 import string
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
 from flywheel.edge import realtime
 from flywheel.edge.figures import WallResult
@@ -33,7 +33,7 @@ def serve(
     *,
     state: Path | None = None,
     metrics_port: int | None = None,
-    log: IO[str] | None = None,
+    log: TextIO | None = None,
     on_start: Callable[[Wall], None] = lambda _: None,
 ) -> WallResult:
     """Run a robot for ``seconds``, or until SIGTERM, and sum up.
@@ -80,11 +80,9 @@ def notify(message: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as s:
-        try:
-            s.sendto(message.encode(), address)
-        except OSError:
-            pass  # systemd is busy or restarts: the next beat comes in 50 ms
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, kind) as s, suppress(OSError):  # busy: the next beat comes in 50 ms
+        s.sendto(message.encode(), address)
 
 
 def unit(policy: Path, user: str, priority: int = 50, metrics_port: int = 9464) -> str:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from flywheel.edge.faults import rig
-from flywheel.edge.faults.scene import TRIAL_S, Scene, Seen, SmallDisk, rig_plan
+from flywheel.edge.faults.scene import TRIAL_S, Scene, Seen, SmallDisk, rig_plan, twin_scene
 from flywheel.edge.policy import Policy
+from flywheel.edge.runtime import read_bundle
 from flywheel.edge.system1 import HEARTBEAT_LIMIT_NS
 from flywheel.robot import FloatArray, Image
 
@@ -63,7 +64,7 @@ def faults(full: bool = False) -> dict[str, Any]:
             "before": load_before,
             "after": os.getloadavg(),
             "named": "the runtime itself; the machine's own load besides",
-            "disk": "tmpfs of 8 MiB" if disk.mounted else "RLIMIT_FSIZE: no file system can be mounted here",
+            "disk": "tmpfs of 64 MiB" if disk.mounted else "RLIMIT_FSIZE: no file system can be mounted here",
         },
         "figures": figures,
         "bars": {k: {"value": v, "op": "<=", "bar": bar, "ok": v <= bar} for k, (v, bar) in bars.items()},
@@ -191,14 +192,13 @@ def _recorder(scene: Scene, root: Path) -> Iterator[Seen]:
 def _supervisor(scene: Scene) -> Iterator[Seen]:
     bound = HEARTBEAT_LIMIT_NS * 1e-9 + scene.ladder.ramp_s
 
-    def kill(pause_s: float) -> None:
-        scene.kill("supervisor", signal.SIGKILL)
-        time.sleep(pause_s)
-        scene.start()
-
     taken = _said("taken_over")
-    yield scene.watch("supervisor: kill -9, the next one at once", lambda: kill(0.0), taken, bound)
-    yield scene.watch("supervisor: kill -9, the next one after 4 s", lambda: kill(4.0), taken, bound)
+    yield scene.watch(
+        "supervisor: kill -9, the next one at once", partial(_next_supervisor, scene), taken, bound
+    )
+    yield scene.watch(
+        "supervisor: kill -9, the next one after 4 s", partial(_next_supervisor, scene, 4.0), taken, bound
+    )
     yield scene.watch(
         "supervisor: SIGSTOP 3 s, SIGCONT",
         lambda: _pause(scene, "supervisor", 3.0),
@@ -209,17 +209,13 @@ def _supervisor(scene: Scene) -> Iterator[Seen]:
 
 def _policies(scene: Scene, bundles: Path) -> Iterator[Seen]:
     bound = _ladder_s(scene)
-    ours = [rig.write_circle(bundles / "other", "other")]
-    per_trip_ms = _trip_ms(bundles)
-    ours.append(rig.write_slow(bundles / "stall", "stall", round(STALL_MS / per_trip_ms), always=False))
-    yield scene.watch("bundle: swap", lambda: scene.swap(ours[0]), _said("swapped", "confirmed"))
-    yield scene.watch(
-        "bundle: stalls for 500 ms, now and then", lambda: scene.swap(ours[1]), _said("swapped", "confirmed")
-    )
+    ms = _trip_ms(bundles)
+    other = rig.write_circle(bundles / "other", "other")
+    yield scene.watch("bundle: swap", partial(scene.swap, other), _said("swapped", "confirmed"))
     bad = {
         "crashes": rig.write_crash(bundles / "crash"),
         "NaN": rig.write_nan(bundles / "nan"),
-        "too slow": rig.write_slow(bundles / "slow", "slow", round(SLOW_MS / per_trip_ms), always=True),
+        "too slow": rig.write_slow(bundles / "slow", "slow", round(SLOW_MS / ms), always=True),
     }
     for name, directory in bad.items():
         for _ in range(3):  # one that already fails at its self-test never acts: not what is asked here
@@ -234,8 +230,18 @@ def _policies(scene: Scene, bundles: Path) -> Iterator[Seen]:
         yield seen
     damaged = rig.write_circle(bundles / "damaged", "damaged")
     yield scene.watch(
-        "bundle: not the verified bytes", lambda: scene.swap(damaged, "0" * 64), _said("refused")
+        "bundle: not the verified bytes", partial(scene.swap, damaged, "0" * 64), _said("refused")
     )
+    stall = rig.write_slow(bundles / "stall", "stall", round(STALL_MS / ms), always=False)
+    frames = scene.shared.frames.reader(from_start=False)
+    seen = scene.watch(
+        "bundle: inference stalls for 500 ms",
+        partial(scene.swap, stall),
+        _said("swapped", "confirmed"),
+        bound,
+    )
+    longest = frames.poll().rows["infer_ns"].max() * 1e-6
+    yield dataclasses.replace(seen, said=(*seen.said, f"longest inference {longest:.0f} ms"))
 
 
 def _trip_ms(bundles: Path) -> float:
@@ -315,8 +321,31 @@ def _episodes(scene: Scene) -> int:
     )
 
 
-def _on_the_twin(root: Path) -> list[Seen]:
-    raise NotImplementedError
+def _on_the_twin(root: Path) -> Iterator[Seen]:
+    """The same for the trained policy and the simulated arm, each time in the middle of a fresh attempt."""
+    base = Path("models/base/bundle")
+    renamed = root / "bundles" / "renamed"  # the same weights: another digest, the same motion
+    shutil.copytree(base, renamed)
+    bundle = read_bundle(base)
+    (renamed / "policy.json").write_bytes(bundle.model_copy(update={"name": "renamed"}).to_bytes())
+    acts: dict[str, tuple[Callable[[Scene], object], tuple[str, ...], bool]] = {
+        "System 2: kill -9": (lambda s: s.kill("system2", signal.SIGKILL), ("system2_ended", "follow"), True),
+        "recorder: kill -9": (lambda s: s.kill("recorder", signal.SIGKILL), ("recorder_ended",), False),
+        "supervisor: kill -9": (_next_supervisor, ("taken_over",), True),
+        "bundle: swap": (lambda s: s.swap(renamed), ("swapped",), False),
+    }
+    for k, (name, (act, reports, may_rest)) in enumerate(acts.items()):
+        with Scene(root / f"twin{k}", twin_scene(root / f"twin{k}", base, seed=k), moving=0.05) as scene:
+            bound = max(_ladder_s(scene), HEARTBEAT_LIMIT_NS * 1e-9 + scene.ladder.ramp_s)
+            yield scene.watch(
+                f"twin, {name}", partial(act, scene), _said(*reports), bound if may_rest else 0.0
+            )
+
+
+def _next_supervisor(scene: Scene, pause_s: float = 0.0) -> None:
+    scene.kill("supervisor", signal.SIGKILL)
+    time.sleep(pause_s)
+    scene.start()
 
 
 def table(doc: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flywheel.edge.faults import rig
 from flywheel.edge.handover import Found, RuntimeRecord, read_record
 from flywheel.edge.link import Reader, Records
 from flywheel.edge.processes import Plan, Recording, Shared
-from flywheel.edge.runtime import bundle_ref
+from flywheel.edge.runtime import bundle_ref, twin_plan
 from flywheel.edge.safety import ACCELERATION, JERK, LOWER, UPPER, VELOCITY, SafetyLimits
 from flywheel.edge.supervision import SupervisionSettings
 from flywheel.errors import ServiceError
@@ -32,7 +33,6 @@ from flywheel.schema import Mode
 TRIAL_S = 2.5  # more than a revolution of the rig's circle
 TRACE_S = 100.0  # longest that one fault may be watched
 LOOK_S = 0.02
-MOVING = 0.2  # of a joint's speed, rad/s
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ class Scene:
     ``plan`` may be another robot's; its spool lies in ``root/spool``, which may be a small disk.
     """
 
-    def __init__(self, root: Path, plan: Plan) -> None:
+    def __init__(self, root: Path, plan: Plan, moving: float = 0.2) -> None:
+        """``moving``: the speed of a joint, rad/s, from which on the robot is in motion."""
         self.root, self.plan = root, plan
+        self._moving = moving
         self.state = root / "state"
         self.spool = root / "spool"
         self.state.mkdir(parents=True)
@@ -198,7 +200,7 @@ class Scene:
     def following(self) -> bool:
         """Whether System 1 follows chunks and moves."""
         row = self.last
-        return bool(row["mode"][0] == Mode.FOLLOW and np.abs(row["dq"]).max() > MOVING)
+        return bool(row["mode"][0] == Mode.FOLLOW and np.abs(row["dq"]).max() > self._moving)
 
     def wait(self, until: Callable[[], bool], seconds: float, still: bool = False) -> bool:
         """Wait for something; False if it did not come. ``still``: it must hold for half a second."""
@@ -250,7 +252,7 @@ class Scene:
 
         fault()
         met = self.wait(seen, seconds)
-        again = self.wait(self.following, 30.0, still=True)
+        again = self.wait(lambda: bool(self.last["mode"][0] == Mode.FOLLOW), 30.0, still=True)
         seen()
         return self._judge(name, start_ns, trace, rows, said, met, again, bound_s)
 
@@ -304,14 +306,7 @@ def rig_plan(root: Path, bundle: Path) -> Plan:
     """The rig, with a recorder and an uploader that reaches no store."""
     ref = bundle_ref(bundle)
     cpu, others = realtime.cores()
-    recording = Recording(
-        directory=str(root / "spool"),
-        site="bench",
-        robot="rig",
-        settings=RecorderSettings(pre_s=2.0, post_s=1.0, max_episode_s=4.0),
-        upload=True,
-    )
-    return Plan(
+    plan = Plan(
         robot="flywheel.edge.faults.rig:robot",
         perception="flywheel.edge.faults.rig:perception",
         operator="flywheel.edge.faults.rig:operator",
@@ -325,15 +320,35 @@ def rig_plan(root: Path, bundle: Path) -> Plan:
         instruction="move",
         cpu=cpu,
         others=tuple(sorted(others)),
-        recording=recording,
-        supervision=SupervisionSettings(trial_s=TRIAL_S),
-        orphan_s=30.0,
-        trace_rows=round(TRACE_S * 1000),
+    )
+    return _watched(plan, root, "rig")
+
+
+def twin_scene(root: Path, bundle: Path, seed: int) -> Plan:
+    """The twin with a trained policy."""
+    return _watched(twin_plan(bundle, "lab", seed), root, "twin")
+
+
+def _watched(plan: Plan, root: Path, robot: str) -> Plan:
+    recording = Recording(
+        directory=str(root / "spool"),
+        site="bench",
+        robot=robot,
+        settings=RecorderSettings(pre_s=2.0, post_s=1.0, max_episode_s=4.0),
+        upload=True,
+    )
+    return plan.model_copy(
+        update={
+            "recording": recording,
+            "supervision": SupervisionSettings(trial_s=TRIAL_S),
+            "orphan_s": 30.0,
+            "trace_rows": round(TRACE_S * plan.control_hz),
+        }
     )
 
 
 class SmallDisk:
-    """A file system of eight mebibytes at ``path``, where one may be mounted; a context manager."""
+    """A file system of 64 MiB at ``path``, where one may be mounted; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -343,19 +358,15 @@ class SmallDisk:
         self.path.mkdir(parents=True, exist_ok=True)
         mount = shutil.which("mount")
         if mount is not None:
-            args = [mount, "-t", "tmpfs", "-o", "size=8m,mode=700", "flywheel-bench", str(self.path)]
+            args = [mount, "-t", "tmpfs", "-o", "size=64m,mode=700", "flywheel-bench", str(self.path)]
             self.mounted = subprocess.run(args, capture_output=True, check=False).returncode == 0
         return self
 
     def fill(self) -> None:
         """Leave no free space."""
-        with (self.path / "ballast").open("wb") as f:
-            try:
-                while True:
-                    f.write(bytes(4096))
-                    f.flush()
-            except OSError:
-                pass
+        with suppress(OSError), (self.path / "ballast").open("wb", buffering=0) as f:
+            while True:
+                f.write(bytes(4096))
 
     def free(self) -> None:
         """Give the space back."""
