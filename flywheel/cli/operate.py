@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +105,13 @@ def fleet(json: Json = False) -> None:
 
 
 def run_edge(
-    policy: Annotated[Path, typer.Option(help="A bundle, or a checkpoint with bundle/ inside.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="A bundle, or a checkpoint with bundle/ inside.")
+    ] = None,
+    policies: Annotated[
+        Path | None, typer.Option(help="A directory for signed releases, instead of --policy; needs --trust.")
+    ] = None,
+    trust: Annotated[Path | None, typer.Option(help="The root metadata that checks releases.")] = None,
     shift: Annotated[str, typer.Option(help="Named shift of the twin.")] = "lab",
     seconds: Annotated[float, typer.Option(min=0.5, help="How long.")] = 10.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -125,32 +132,49 @@ def run_edge(
 ) -> None:
     """Run every process of a robot on the wall clock, on the twin, and say how the loop kept time."""
     from flywheel.config import Deployment
+    from flywheel.edge.delivery import Delivery, boot
     from flywheel.edge.processes import Recording
     from flywheel.edge.runtime import twin_plan
     from flywheel.edge.service import serve
     from flywheel.edge.supervision import SupervisionSettings
+    from flywheel.edge.updater import Updater
+    from flywheel.store import Store
     from flywheel.twin.shift import shift as known
 
     known(shift)
     if upload and record is None:
         raise ConfigError("--upload: needs --record, the spool that is uploaded")
-    bundle = policy / "bundle" if (policy / "bundle").is_dir() else policy
-    plan = twin_plan(
-        bundle, shift, seed, supervision=SupervisionSettings(latency_budget_ms=latency_budget_ms)
-    )
-    if record is not None:
-        me = Deployment.from_env()
-        recording = Recording(
-            directory=str(record.absolute()), site=me.site, robot=me.robot, shift=shift, upload=upload
+    me = Deployment.from_env()
+    with ExitStack() as stack:
+        delivery = None
+        if policies is not None and trust is not None and policy is None:
+            try:
+                root = trust.read_bytes()
+            except OSError as e:
+                raise ConfigError(f"--trust {trust}: {e.strerror}") from None
+            updater = Updater(policies, Store.from_env(me), site=me.site, robot=me.robot, bootstrap=root)
+            stack.enter_context(updater)
+            bundle = Path(boot(updater).directory)
+            delivery = Delivery(updater)
+        elif policy is not None and policies is None:
+            bundle = policy / "bundle" if (policy / "bundle").is_dir() else policy
+        else:
+            raise ConfigError("give --policy, or --policies and --trust")
+        rules = SupervisionSettings(latency_budget_ms=latency_budget_ms)
+        plan = twin_plan(bundle, shift, seed, supervision=rules)
+        if record is not None:
+            recording = Recording(
+                directory=str(record.absolute()), site=me.site, robot=me.robot, shift=shift, upload=upload
+            )
+            plan = plan.model_copy(update={"recording": recording})
+        result = serve(
+            plan,
+            float("inf") if forever else seconds,
+            state=state,
+            metrics_port=metrics_port,
+            log=sys.stderr if log or forever else None,
+            delivery=delivery,
         )
-        plan = plan.model_copy(update={"recording": recording})
-    result = serve(
-        plan,
-        float("inf") if forever else seconds,
-        state=state,
-        metrics_port=metrics_port,
-        log=sys.stderr if log or forever else None,
-    )
     show(result, json)
 
 

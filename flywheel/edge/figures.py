@@ -137,6 +137,12 @@ class Figures:
         return self._age
 
     @property
+    def misses_ppm(self) -> float:
+        """Deadlines missed, per million."""
+        deadlines = (self._last - self._first) // self._period + 1 if self._ticks else 1
+        return 1e6 * self._missed / deadlines
+
+    @property
     def counts(self) -> dict[str, int]:
         """Ticks, deadlines missed and the longest run of those, chunks published and refused, limits that
         acted (bits)."""
@@ -217,13 +223,12 @@ class Figures:
         tracking = tracking_error(
             np.concatenate([np.zeros((0, self._joints), np.float32), *self._kept["errors"]])
         )
-        deadlines = (self._last - self._first) // self._period + 1 if self._ticks else 1
         return WallResult(
             seconds=(self._last - self._first) * 1e-9,
             ticks=self._ticks,
             late=Quantiles.of(kept["late"]),
             compute=Quantiles.of(kept["compute"]),
-            misses_ppm=1e6 * self._missed / deadlines,
+            misses_ppm=self.misses_ppm,
             longest_miss_run=self._longest,
             tracking_rms_rad=tracking.rms,
             tracking_p99_rad=tracking.p99,

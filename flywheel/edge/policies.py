@@ -82,9 +82,11 @@ class Policies:
         tell: Tell,
         restart: bool = True,
         told: Callable[[str, str, str], None] = lambda *_: None,
+        previous: BundleRef | None = None,
+        trial: bool = False,
     ) -> None:
         self.current = plan.ref
-        self.previous: BundleRef | None = None
+        self.previous = previous
         self.refusal: Refusal | None = None
         self.restarts = 0
         self.swaps = 0
@@ -99,7 +101,7 @@ class Policies:
         self._generation = 0
         self._backoff = Backoff()
         self._again_s = float("-inf")
-        self._conduct = Conduct(self._settings, 0.0, trial=False)
+        self._conduct = Conduct(self._settings, 0.0, trial)
         self._requests: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
 
     # ── from any thread ──────────────────────────────────────────────────────────────────────────────
@@ -123,6 +125,14 @@ class Policies:
         """Put in use what ``prepare`` made ready, if it is still there."""
         self._requests.put(lambda now: self._switch(now, digest))
 
+    def discard(self) -> None:
+        """Let go of what ``prepare`` made ready."""
+        self._requests.put(lambda _: self._discard())
+
+    def give_back(self, reason: str) -> None:
+        """Fall back to the previous policy, for a reason that is not the supervisor's own."""
+        self._requests.put(lambda now: self._fall_back(now, reason))
+
     # ── the supervisor's ─────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -145,6 +155,7 @@ class Policies:
 
     def start(self, now_s: float) -> None:
         """Start the first process."""
+        self._conduct = Conduct(self._settings, now_s, self._conduct.trial)
         self._act(now_s, self.current)
 
     def adopt(
@@ -204,8 +215,8 @@ class Policies:
     # ── how ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _spawn(self, now_s: float, ref: BundleRef) -> Watched:
-        taken = self.acting.child.record.place if self.acting is not None else ""
-        place = next(p for p in _PLACES if p != taken)
+        taken = {r.place for r in self.records}
+        place = next(p for p in _PLACES if p not in taken)
         self._generation += 1
         child = Child.start("system2", self._plan.running(ref), self._arena, place, self._generation)
         return Watched(child, self._shared.places[place], self._settings, now_s)
@@ -242,6 +253,10 @@ class Policies:
         if c is not None and c.ref.digest == digest and c.then == "wait" and c.watched.ready:
             c.then = "trial"
             self._begin(now_s, c)
+
+    def _discard(self) -> None:
+        if self._candidate is not None and self._candidate.then == "wait":
+            self._dismiss()
 
     def _look_at_candidate(self, now_s: float) -> None:
         c = self._candidate

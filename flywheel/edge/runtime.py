@@ -50,7 +50,8 @@ class Wall:
     ``events`` are on ``rings.events``: mode changes, crashes, changes of policy; System 2's own are on
     ``shared.events``. The clock is CLOCK_MONOTONIC (``time.monotonic_ns``). With ``state``, a directory of
     this robot's own, a supervisor that follows a killed one takes over the running robot
-    (``taken_over``). ``told`` hears what a robot's disk should follow (see ``Policies``).
+    (``taken_over``). ``told`` hears what a robot's disk should follow (see ``Policies``); ``previous`` is
+    what to fall back to from the first moment on, ``trial`` whether the plan's own bundle is on trial.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Wall:
         restart: bool = True,
         state: Path | None = None,
         told: Callable[[str, str, str], None] = lambda *_: None,
+        previous: BundleRef | None = None,
+        trial: bool = False,
     ) -> None:
         self._directory = None if state is None else StateDirectory(state)
         try:
@@ -87,7 +90,7 @@ class Wall:
         self.events = EventLog(self.rings.events)
         self._stats = Figures(self.shared, round(1e9 / plan.control_hz), self.events)
         self._system1: Watched | None = None
-        self.policies = Policies(plan, self.shared, self._arena, self._tell, restart, told)
+        self.policies = Policies(plan, self.shared, self._arena, self._tell, restart, told, previous, trial)
         self._kept: list[Kept] = []
         if plan.recording is not None:
             roles = ("recorder", "uploader") if plan.recording.upload else ("recorder",)

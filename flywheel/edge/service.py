@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from flywheel.edge import realtime
+from flywheel.edge.delivery import Delivery
 from flywheel.edge.figures import WallResult
 from flywheel.edge.journal import Journal
 from flywheel.edge.metrics import Metrics
@@ -35,11 +36,12 @@ def serve(
     metrics_port: int | None = None,
     log: TextIO | None = None,
     on_start: Callable[[Wall], None] = lambda _: None,
+    delivery: Delivery | None = None,
 ) -> WallResult:
     """Run a robot for ``seconds``, or until SIGTERM, and sum up.
 
     ``metrics_port`` (0: any) serves Prometheus on loopback; ``log`` takes JSON lines. ``on_start`` is called
-    once the robot runs.
+    once the robot runs. ``delivery`` brings it releases while it runs.
     """
     with ExitStack() as stack:
         metrics = None if metrics_port is None else stack.enter_context(Metrics(metrics_port))
@@ -47,7 +49,14 @@ def serve(
             before = os.sched_getaffinity(0)
             os.sched_setaffinity(0, plan.others)
             stack.callback(os.sched_setaffinity, 0, before)
-        wall = stack.enter_context(Wall(plan, state=state))
+        if delivery is None:
+            wall = Wall(plan, state=state)
+        else:
+            stack.enter_context(delivery)
+            wall = Wall(
+                plan, state=state, told=delivery.heard, previous=delivery.previous, trial=delivery.trial
+            )
+        stack.enter_context(wall)
         if log is not None:
             rings = (wall.shared.log, wall.shared.events)
             journal = Journal(*rings, from_start=not wall.taken_over, to=log, robot=plan.robot)
@@ -57,6 +66,8 @@ def serve(
             journal.log.info("started", taken_over=wall.taken_over, **ports, privileges=told.get("system1"))
         notify("READY=1")
         on_start(wall)
+        if delivery is not None:
+            delivery.start(wall)
         looks = 0
 
         def look() -> bool:

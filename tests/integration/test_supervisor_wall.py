@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from flywheel.edge.children import ProcessRecord, started_at
+from flywheel.edge.delivery import Delivery, boot
 from flywheel.edge.faults import rig
 from flywheel.edge.faults.scene import rig_plan
 from flywheel.edge.handover import read_record
@@ -30,9 +31,13 @@ from flywheel.edge.runtime import Wall, bundle_ref
 from flywheel.edge.safety import ACCELERATION, JERK, VELOCITY, SafetyLimits
 from flywheel.edge.service import serve
 from flywheel.edge.supervision import SupervisionSettings
+from flywheel.edge.updater import Poll, Updater
 from flywheel.episode import read_manifest
 from flywheel.errors import BundleError, ConfigError
-from flywheel.schema import Mode
+from flywheel.release import Publisher
+from flywheel.schema import Mode, RobotReport
+from tests.bucket import BucketStore
+from tests.deliveries import stable
 from tests.integration.test_runtime_wall import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -201,12 +206,17 @@ def test_a_recorder_killed_in_mid_episode_loses_nothing_and_repeats_nothing(
             wall.run(60.0, until=lambda: not intervening(wall)[-1])
             if kill:
                 os.kill(wall.pid("recorder"), signal.SIGKILL)
-            wall.run(60.0, until=lambda b=before: len(sealed(tmp_path)) > b)
+            run_until_sealed(wall, tmp_path, before + 1)
         assert wall.status()["restarts"]["recorder"] == 1
         wall.run(1.5)
     windows = sorted(read_manifest(p).window_ns for p in sealed(tmp_path))
     assert len(windows) == 2
     assert windows[0][1] <= windows[1][0]
+
+
+def run_until_sealed(wall: Wall, root: Path, episodes: int) -> None:
+    wall.run(60.0, until=lambda: len(sealed(root)) >= episodes)
+    assert len(sealed(root)) == episodes
 
 
 def sealed(root: Path) -> list[Path]:
@@ -215,6 +225,49 @@ def sealed(root: Path) -> list[Path]:
 
 def intervening(wall: Wall) -> list[bool]:
     return [bool(b) for b in wall.shared.frames.reader().poll().rows["intervention"]]
+
+
+# ── signed releases ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_signed_release_reaches_a_moving_robot_and_a_bad_one_is_given_back(
+    plan: Plan, bundles: Path, tmp_path: Path
+) -> None:
+    store = BucketStore()
+    publisher = Publisher(store, tmp_path / "keys")
+    publisher.init()
+    circle, other, crash = (bundles / n for n in ("circle", "other", "crash"))
+    publisher.publish_first(circle)
+    polls: list[Poll] = []
+    with Updater(
+        tmp_path / "policies", store, site="lab", robot="r1", bootstrap=publisher.keys.root
+    ) as updater:
+        ref = boot(updater)
+        updater.confirm()
+        assert ref.digest == bundle_ref(circle).digest
+        delivery = Delivery(updater, poll_s=0.2, on_poll=polls.append)
+        with delivery, Wall(plan.running(ref), told=delivery.heard, previous=delivery.previous) as wall:
+            delivery.start(wall)
+            follow(wall)
+            publisher.publish(other, stable(other))
+            wall.run(60.0, until=lambda: "confirmed" in events(wall))
+            good = bundle_ref(other).digest
+            assert wall.result().digest == good
+            publisher.publish(crash, stable(crash))
+            bad = bundle_ref(crash).digest
+            wall.run(60.0, until=lambda: updater.slots.refusal(stable(crash)) is not None)
+            follow(wall)
+            assert wall.result().digest == good
+            wall.run(5.0, until=lambda: polls[-1].digest == good)
+            check_reference(wall)
+        assert updater.slots.active is not None
+        assert updater.slots.active.release.digest == good
+        assert not updater.slots.state.trial
+        assert bad != good
+        report = RobotReport.model_validate_json(store.get("fleet/robots/r1.json"))
+        assert report.loaded_digest == good
+        assert report.refused_digest == bad
+        assert report.refused_reason
 
 
 # ── taking over ───────────────────────────────────────────────────────────────────────────────────────

@@ -341,7 +341,7 @@ def _watched(plan: Plan, root: Path, robot: str) -> Plan:
         update={
             "recording": recording,
             "supervision": SupervisionSettings(trial_s=TRIAL_S),
-            "orphan_s": 30.0,
+            "orphan_s": 120.0,  # the next supervisor may start slowly on a busy machine
             "trace_rows": round(TRACE_S * plan.control_hz),
         }
     )

@@ -17,22 +17,28 @@ from flywheel.edge.runtime import Wall, read_bundle
 
 
 def main(state: Path) -> None:
-    """Until SIGTERM."""
+    """Until SIGTERM, or until the benchmark is gone: then its end of the pipe is closed."""
     plan = Plan.model_validate_json((state / "plan.json").read_bytes())
     if plan.others:
         os.sched_setaffinity(0, plan.others)
     with Wall(plan, state=state) as wall:
         print(json.dumps({"taken_over": wall.taken_over}), flush=True)
 
-        def asked() -> bool:
-            if select.select([sys.stdin], [], [], 0.0)[0] and (line := sys.stdin.readline()):
-                wanted = json.loads(line)
-                bundle = read_bundle(wanted["directory"])
-                wall.policies.swap(BundleRef(bundle=bundle, **wanted))
-            return False
+        bench_is_gone = False
 
-        while True:
-            wall.run(3600.0, until=asked)
+        def asked() -> bool:
+            nonlocal bench_is_gone
+            if select.select([sys.stdin], [], [], 0.0)[0]:
+                line = sys.stdin.readline()
+                if not line:
+                    bench_is_gone = True
+                else:
+                    wanted = json.loads(line)
+                    bundle = read_bundle(wanted["directory"])
+                    wall.policies.swap(BundleRef(bundle=bundle, **wanted))
+            return bench_is_gone
+
+        wall.run(float("inf"), until=asked)
 
 
 if __name__ == "__main__":
