@@ -16,7 +16,7 @@ from typing import Any
 import numba
 from numba.core import config
 
-MODULES = ("compiled", "link", "mode", "realtime", "safety", "system1", "tracking")
+MODULES = ("compiled", "link", "mode", "realtime", "safety", "system1", "trace", "tracking")
 
 
 def compiled[**P, R](fn: Callable[P, R]) -> Callable[P, R]:

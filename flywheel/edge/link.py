@@ -12,6 +12,7 @@ may have overwritten meanwhile, and counts it.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import Any, NamedTuple
@@ -307,9 +308,11 @@ class Arena:
 
     @classmethod
     def create(cls, name: str, nbytes: int) -> Arena:
-        """Fresh zeroed memory; ``name`` only shows in /proc."""
-        fd = os.memfd_create(name)
+        """Fresh zeroed memory; ``name`` only shows in /proc. Nobody can change its size any more: memory
+        that shrank under System 1 would be its death by SIGBUS."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd, nbytes)
 
     def carve(self, nbytes: int) -> memoryview:

@@ -123,7 +123,7 @@ class Recorder:
     further processes that log events. ``make_room(nbytes, priority)`` is asked when the disk is full.
     ``background`` seals in a thread, for a caller that must not wait for the disk: the same bytes, but
     ``poll`` tells of an episode later. There must be one recorder to a directory: it removes what a crashed
-    one left half-written.
+    one left half-written. ``recorded_to_ns``: what is older was sealed by the recorder before this one.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Recorder:
         make_room: Callable[[int, int], object] = lambda nbytes, priority: None,
         background: bool = False,
         step: Callable[[str], None] = lambda _: None,
+        recorded_to_ns: int | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         sweep(directory)
@@ -158,7 +159,7 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1, "seal") if background else None
         self._sealing: Future[_Sealed] | None = None
         self._retry_ns = 0
-        self._recorded_to: int | None = None
+        self._recorded_to = recorded_to_ns
         self._fired: dict[TriggerKind, int] = {}
         self._detector = Detector(settings, self._rng)
         self._operator_ns: int | None = None  # the last frame in which the operator was in control

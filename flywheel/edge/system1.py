@@ -409,6 +409,11 @@ class System1:
         return self._work[_REF : _REF + 3].copy()
 
     @property
+    def reference_now(self) -> FloatArray:
+        """The same, as the memory in which it lies: ``[3, n]``, changed by every tick."""
+        return self._work[_REF : _REF + 3]
+
+    @property
     def counters(self) -> dict[str, int]:
         """Chunks taken and refused since the reset."""
         return {"accepted": int(self._ints[_ACCEPTED]), "refused": int(self._ints[_REFUSED])}

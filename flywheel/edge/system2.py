@@ -68,7 +68,9 @@ class System2:
     def self_test(self, instruction: str) -> None:
         """See and decide once, publish nothing; ``BundleError`` if the policy does not fit the robot."""
         seen = self.perception.observe()
-        self.policy.infer(seen.images, seen.state, instruction)
+        actions = self.policy.infer(seen.images, seen.state, instruction).actions
+        if not np.isfinite(actions).all():
+            raise BundleError(f"policy {self.policy.bundle.name!r} gives actions that are not finite")
 
     def tick(
         self,

@@ -181,7 +181,15 @@ class Updater:
         slot = self.slots.active
         if slot is None or not self.slots.state.trial:
             return Poll(Action.NONE, self._loaded, "no policy is on trial")
-        self._give_back(slot, reason)
+        return self.give_back(reason, warm_up)
+
+    def give_back(self, reason: str, warm_up: WarmUp) -> Poll:
+        """Give back the policy in use, on trial or confirmed, for the previous one."""
+        slot = self.slots.active
+        if slot is None:
+            return Poll(Action.NONE, self._loaded, "no policy is in use")
+        self.slots.refuse(slot.release, reason)
+        self.slots.fall_back()
         self.boot(warm_up)
         return Poll(Action.FELL_BACK, self._loaded, reason)
 
