@@ -149,7 +149,9 @@ def test_limits_made_in_code_are_hashed_by_their_content() -> None:
 
 def test_absent_tool_limits_are_infinite() -> None:
     s = robots.limits().scalars()
-    assert np.isinf(s[safety.TOOL_SPEED :]).all()
+    assert np.isinf(s[safety.TOOL_SPEED : safety.TO_REST]).all()
+    assert s[safety.TO_REST] == 0.0
+    assert s[safety.CONTACT_SPEED] == math.inf
     assert s[safety.WORKSPACE_LOWER] < 0 < s[safety.WORKSPACE_UPPER]
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from flywheel.edge import realtime, rows
+from flywheel.edge import loop, realtime, rows
 from flywheel.edge.link import Arena, Ring, Seqlock, Words
-from flywheel.edge.safety import CATEGORY_2, SafetyLimits
-from flywheel.edge.system1 import COMMAND, CONTROL_WORDS, HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
+from flywheel.edge.safety import SafetyLimits
+from flywheel.edge.selftest import self_test
+from flywheel.edge.system1 import CONTROL_WORDS, HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
 from flywheel.errors import ConfigError, FlywheelError
 from flywheel.robot import Perception, Robot
 from flywheel.schema import Bundle, Strict
@@ -120,15 +121,16 @@ def resolve(name: str) -> Callable[..., Any]:
 class _Stop:
     """SIGTERM asks the process to end; Ctrl-C is the supervisor's to handle."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Shared) -> None:
         self.asked = False
+        self._commands = shared.commands
         self._parent = os.getppid()
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def orphaned(self) -> bool:
+    def orphaned(self, now_ns: int) -> bool:
         """Whether the supervisor is gone for good, and not only stalled."""
-        return os.getppid() != self._parent
+        return bool(now_ns - self._commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and os.getppid() != self._parent)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
@@ -143,37 +145,24 @@ def _say(**fields: Any) -> None:
 
 def run_system1(plan: Plan, shared: Shared) -> None:
     """Control until SIGTERM; then come to rest (category 2), remove power, and return."""
-    stop = _Stop()
+    stop = _Stop(shared)
     robot: Robot = resolve(plan.robot)(plan.args, shared.world)
     system1 = System1(robot, plan.control_hz, shared.slot, shared.control, control=shared.commands, wall=True)
     period = round(1e9 / plan.control_hz)
-    realtime.pace(np.zeros(realtime.STATUS_WORDS, np.int64), period)  # compiled before the clock matters
+    status = np.zeros(realtime.STATUS_WORDS, np.int64)
+    realtime.pace_at(status.ctypes.data, period)  # compiled before the clock matters
     privileges = realtime.claim(plan.priority, plan.cpu)
-    _say(ready="system1", limits_sha256=robot.limits.sha256, privileges=privileges.as_dict())
     try:
-        _loop(system1, shared, period, stop)
+        found = self_test(robot, plan.control_hz, shared.slot.words, shared.control.rows)
+        _say(
+            ready="system1",
+            limits_sha256=robot.limits.sha256,
+            privileges=privileges.as_dict(),
+            self_test=found.as_dict(),
+        )
+        loop.run(system1, shared.commands, shared.status1, period, stop)
     finally:
         robot.stop()
-
-
-def _loop(system1: System1, shared: Shared, period: int, stop: _Stop) -> None:
-    """The 1 kHz loop. Its only system calls are the sleep, the clock and the robot's own."""
-    pace, tick, status = realtime.pace, system1.tick, shared.status1
-    leave_at = 0
-    while True:
-        now, late = pace(status, period)
-        tick(now, late)
-        if leave_at == 0:
-            if stop.asked:
-                shared.commands[COMMAND] = CATEGORY_2
-                leave_at = now + LEAVE_NS
-            elif now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
-                leave_at = now + LEAVE_NS  # the ladder was taken when the heartbeat went stale
-        elif system1.resting or now > leave_at:
-            return
-
-
-LEAVE_NS = 2_000_000_000  # longest that coming to rest at the end may take
 
 
 # ── System 2 ──────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +173,7 @@ def run_system2(plan: Plan, shared: Shared) -> None:
     from flywheel.edge.policy import Policy
     from flywheel.edge.system2 import System2
 
-    stop = _Stop()
+    stop = _Stop(shared)
     if plan.others:
         os.sched_setaffinity(0, plan.others)
     policy = Policy.load(plan.bundle_dir, plan.threads)
@@ -210,7 +199,7 @@ def run_system2(plan: Plan, shared: Shared) -> None:
     period = round(1e9 / plan.policy_hz)
     while not stop.asked:
         now, _ = realtime.pace(shared.status2, period)
-        if now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
+        if stop.orphaned(now):
             return
         system2.tick(now, plan.instruction, override)
 

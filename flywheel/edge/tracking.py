@@ -237,8 +237,9 @@ def advance(ref: FloatArray, i: int, wanted: float, dt: float, table: FloatArray
         new = a - slew
         flags |= _JERK
 
-    high = highest_acceleration(v, a, most_v, most_j, dt)
-    low = -highest_acceleration(-v, -a, most_v, most_j, dt)
+    # A reference that is faster than the limit (the limit was lowered) may slow down, but not speed up.
+    high = highest_acceleration(v, a, max(most_v, v + 0.5 * a * max(a, 0.0) / most_j), most_j, dt)
+    low = -highest_acceleration(-v, -a, max(most_v, -v + 0.5 * a * min(a, 0.0) / most_j), most_j, dt)
     if new > high:
         new = max(high, a - slew)
         flags |= _VELOCITY
