@@ -19,7 +19,7 @@ class MyArm:
         self._sdk = sdk  # must not block: if it does, make it a flywheel.robot.remote.Device instead
 
     def read(self, out: JointState) -> None:
-        out.q[:] = self._sdk.positions()  # rad; write into the arrays, they cannot be replaced
+        out.q[:] = self._sdk.positions()  # rad
         out.dq[:] = self._sdk.velocities()  # rad/s
         out.stop_input = self._sdk.protective_stop_open()
 

@@ -139,10 +139,16 @@ def test_a_robot_cannot_write_into_the_reference_that_it_is_given() -> None:
         system.command[0] = 1.0
 
 
-def test_a_robot_cannot_replace_the_arrays_that_system_1_reads() -> None:
-    """A fresh array in ``out.q`` would leave System 1 with the last state for ever."""
-    with pytest.raises(AttributeError):
-        JointState(2).q = np.zeros(2)  # type: ignore[misc]
+@pytest.mark.parametrize("name", ["q", "dq", "bias", "mass", "tool"])
+def test_a_robot_cannot_replace_the_arrays_that_system_1_reads(name: str) -> None:
+    """A fresh array in ``out.q`` would leave System 1 with the last state for ever: it is copied instead."""
+    state = JointState(2)
+    before = getattr(state, name)
+    setattr(state, name, np.ones_like(before))
+    assert getattr(state, name) is before
+    assert (before == 1.0).all()
+    with pytest.raises(ValueError, match="broadcast"):
+        setattr(state, name, np.zeros(9))
 
 
 def test_a_robot_that_takes_something_else_is_refused() -> None:
@@ -237,7 +243,7 @@ def test_servos_are_seen_with_their_lag_their_steps_and_their_latency() -> None:
 
 # ── lerobot ───────────────────────────────────────────────────────────────────────────────────────────
 
-PLUGIN = '''
+PLUGIN = """
 from dataclasses import dataclass
 from lerobot.robots import Robot, RobotConfig
 
@@ -275,7 +281,7 @@ class LittleArm(Robot):
 
     def disconnect(self):
         self._on = False
-'''
+"""
 
 
 @pytest.fixture
@@ -343,9 +349,7 @@ def test_a_lerobot_plugin_is_found_imported_in_its_own_process_and_driven(site: 
         ({"tool": {"key": "hand.pos", "zero": 0.0, "one": 1.0}}, "little_arm has no 'hand.pos'"),
     ],
 )
-def test_what_is_wrong_with_a_lerobot_robot_is_named(
-    site: Path, changes: dict[str, Any], says: str
-) -> None:
+def test_what_is_wrong_with_a_lerobot_robot_is_named(site: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         lerobot_robot(lerobot_args(site, **changes), memoryview(b""))
 
@@ -353,7 +357,7 @@ def test_what_is_wrong_with_a_lerobot_robot_is_named(
 def test_a_lerobot_robot_with_too_few_joints_is_refused_before_anything_is_started(site: Path) -> None:
     args = lerobot_args(site)
     args["joints"] = args["joints"][:1]
-    with pytest.raises(ConfigError, match="1 are mapped, .*has limits for 2"):
+    with pytest.raises(ConfigError, match=r"1 are mapped, .*has limits for 2"):
         lerobot_robot(args, memoryview(b""))
     with pytest.raises(ConfigError, match="lerobot: rate_hz"):
         lerobot_robot(lerobot_args(site, rate_hz=1.0), memoryview(b""))
@@ -372,5 +376,3 @@ def test_system_1s_process_never_loads_lerobot() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
-
-

@@ -84,8 +84,7 @@ def claim(priority: int, cpu: int | None) -> Privileges:
     except OSError as e:
         reasons.append(f"mlockall: {e.strerror}; allow it with LimitMEMLOCK=infinity or CAP_IPC_LOCK")
     try:
-        # Held as long as the file is open: never closed (Documentation/power/pm_qos_interface.rst).
-        os.write(os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC), bytes(4))
+        stay_awake()
         awake = True
     except OSError as e:
         reasons.append(f"/dev/cpu_dma_latency: {e.strerror}; cores may wake up late from deep idle states")
@@ -99,6 +98,14 @@ def claim(priority: int, cpu: int | None) -> Privileges:
     gc.freeze()
     gc.disable()
     return Privileges(fifo, locked, awake, pinned, True, tuple(reasons))
+
+
+def stay_awake() -> None:
+    """Keep the cores out of idle states that take time to leave; raises OSError where that is not permitted.
+
+    In force as long as the file is open, which is never closed (Documentation/power/pm_qos_interface.rst).
+    """
+    os.write(os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC), bytes(4))
 
 
 def lock_memory() -> None:

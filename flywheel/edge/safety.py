@@ -216,7 +216,7 @@ class SafetyLimits(Strict):
         try:
             data = Path(path).read_bytes()
         except OSError as e:
-            raise ConfigError(f"{path}: limits cannot be read: {e.strerror or e}") from None
+            raise ConfigError(f"{path}: limits cannot be read: {e.strerror}") from None
         return cls.parse(data, str(path))
 
     @classmethod

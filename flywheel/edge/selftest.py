@@ -67,14 +67,14 @@ def check_limits(limits: SafetyLimits, rate_hz: float) -> float:
     dt = 1.0 / rate_hz
     ref = np.zeros((3, len(limits.joints)))
     ref[VEL] = table[VELOCITY]
-    gain, still = tracking.gains(), np.zeros(len(limits.joints))
+    still = np.zeros(len(limits.joints))
     bounds = {"ladder.ramp_s": limits.ladder.ramp_s, "stops.bound_s": limits.stops.bound_s}
     if limits.separation is not None:
         bounds["separation.stopping_s"] = limits.separation.stopping_s
     wide = table.copy()
     wide[0], wide[1] = -np.inf, np.inf  # the time to rest does not depend on where the arm is
     ticks = 1
-    while not tracking.coast(ref, still, dt, gain, wide):
+    while not tracking.coast(ref, still, dt, wide):
         ticks += 1
         if ticks * dt > 2.0 * max(bounds.values()):
             break
@@ -82,7 +82,8 @@ def check_limits(limits: SafetyLimits, rate_hz: float) -> float:
         if ticks * dt > bound:
             raise ConfigError(
                 f"{limits.robot}: {name} = {bound:g}: from full speed the joints take {ticks * dt:.3f} s to "
-                f"rest at {rate_hz:g} Hz; raise it, or acceleration.max and jerk.max (least {table[JERK].min():g})"
+                f"rest at {rate_hz:g} Hz; raise it, or acceleration.max and jerk.max (the least is "
+                f"{table[JERK].min():g})"
             )
     return ticks * dt
 
@@ -143,12 +144,12 @@ def self_test(robot: Robot, rate_hz: float, *memory: npt.NDArray[Any]) -> SelfTe
     p50, p99 = (float(x) for x in np.percentile(busy * 1e-3, (50, 99), method="higher"))
     if p50 * 1e3 > BUSY * period_ns:
         raise ConfigError(
-            f"edge.control_hz={rate_hz:g}: a tick of {robot.name} takes {p50:.0f} µs (median of {ticks}), its "
-            f"period is {period_ns * 1e-3:.0f} µs; lower the rate, or make its read and write faster"
+            f"edge.control_hz={rate_hz:g}: a tick of {robot.name} takes {p50:.0f} µs (median of {ticks}), "
+            f"its period is {period_ns * 1e-3:.0f} µs; lower the rate, or make its read and write faster"
         )
-    if moved > STILL_RAD and Mode(system1.mode) == Mode.HOLD:
+    if moved > STILL_RAD and system1.mode < Mode.STOP_1:
         raise ConfigError(
-            f"{robot.name} moved by {moved:.3f} rad while told to hold still; check its signs, units and gains"
+            f"{robot.name} moved by {moved:.3f} rad while told to hold still; check signs, units and gains"
         )
     return SelfTest(
         ticks=ticks,

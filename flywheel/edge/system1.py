@@ -231,7 +231,7 @@ def _move(
             work[_CARRY, i] = 0.0
         elif was != CARRY_ON:
             work[_CARRY, i] = work[_REF + VEL, i]
-    tracking.coast(ref, work[_CARRY], dt, gain, table)
+    tracking.coast(ref, work[_CARRY], dt, table)
     return 0
 
 

@@ -33,7 +33,7 @@ Observation = dict[str, npt.NDArray[Any]]  # by lerobot's names
 
 
 def policy(full: bool = False, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Measure for a few seconds, or a minute with ``full``; returns the document of ``flywheel bench --json``.
+    """Measure for seconds, or a minute with ``full``; returns the document of ``flywheel bench --json``.
 
     ``checkpoint`` holds lerobot's files and ``bundle/``; default: ``models/base``. Raises ``BundleError`` if
     it is missing, or if the bundle was not made of it.
@@ -183,7 +183,5 @@ class _Peers:
 def _base() -> Path:
     root = checkout(Path.cwd())
     if root is None or not (root / "models" / "base" / "bundle").is_dir():
-        raise BundleError(
-            "bench policy compares models/base with its bundle: start it in a checkout of both"
-        )
+        raise BundleError("bench policy compares models/base with its bundle: start it in a checkout of both")
     return root / "models" / "base"

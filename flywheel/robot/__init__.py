@@ -28,7 +28,7 @@ class JointState:
     in m and its speed in m/s ``[4]``, NaN if the robot does not report it. ``human_m`` is the distance to the
     nearest person in m, inf if nobody is in view, NaN if nothing measures it.
 
-    System 1 knows the arrays by their addresses: write into them (``out.q[:] = …``). They cannot be replaced.
+    System 1 knows the arrays by their addresses, so they are never replaced: assigning to one copies into it.
     """
 
     __slots__ = ("_bias", "_dq", "_mass", "_q", "_tool", "held", "human_m", "stop_input", "t_ns")
@@ -49,25 +49,45 @@ class JointState:
         """Joint positions, rad ``[n]``."""
         return self._q
 
+    @q.setter
+    def q(self, value: FloatArray) -> None:
+        self._q[:] = value
+
     @property
     def dq(self) -> FloatArray:
         """Joint velocities, rad/s ``[n]``."""
         return self._dq
+
+    @dq.setter
+    def dq(self, value: FloatArray) -> None:
+        self._dq[:] = value
 
     @property
     def bias(self) -> FloatArray:
         """Gravity and Coriolis torque, N·m ``[n]``."""
         return self._bias
 
+    @bias.setter
+    def bias(self, value: FloatArray) -> None:
+        self._bias[:] = value
+
     @property
     def mass(self) -> FloatArray:
         """Joint-space inertia, kg·m² ``[n, n]``."""
         return self._mass
 
+    @mass.setter
+    def mass(self, value: FloatArray) -> None:
+        self._mass[:] = value
+
     @property
     def tool(self) -> FloatArray:
         """Tool x, y, z, m, and speed, m/s ``[4]``."""
         return self._tool
+
+    @tool.setter
+    def tool(self, value: FloatArray) -> None:
+        self._tool[:] = value
 
 
 class Robot(Protocol):

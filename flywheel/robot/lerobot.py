@@ -58,7 +58,7 @@ class LeRobotArgs(Strict):
     """
 
     type: str
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     plugin: str = ""
     joints: Annotated[tuple[JointMap, ...], Field(min_length=1)]
     tool: ToolMap | None = None

@@ -114,8 +114,8 @@ class TwinRobot(TwinPerception):
         self._steps = round(PHYSICS_HZ / rate_hz)
         if self._steps < 1 or abs(self._steps * rate_hz - PHYSICS_HZ) > 1e-6 * PHYSICS_HZ:
             raise ConfigError(
-                f"edge.control_hz={rate_hz:g}: the twin's physics run at {PHYSICS_HZ:g} Hz; choose a rate that "
-                "divides it, such as 1000, 500 or 250"
+                f"edge.control_hz={rate_hz:g}: the twin's physics run at {PHYSICS_HZ:g} Hz; choose a rate "
+                "that divides it, such as 1000, 500 or 250"
             )
         self.rate_hz = rate_hz
         self.limits = SafetyLimits.load(LIMITS_FILE) if limits is None else limits
