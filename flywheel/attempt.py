@@ -60,8 +60,11 @@ class Attempt:
         policy: ActionSource | None = None,
         jpeg_quality: int = 95,
     ) -> None:
+        settings = EdgeSettings() if settings is None else settings
         self.cell = Cell(named_shift(shift))
-        self.robot = TwinRobot(self.cell, ALL_CAMERAS if record else POLICY_CAMERAS)
+        self.robot = TwinRobot(
+            self.cell, ALL_CAMERAS if record else POLICY_CAMERAS, rate_hz=settings.control_hz
+        )
         self.policy: ActionSource = Policy.load(bundle) if policy is None else policy
         self.lockstep = Lockstep(self.robot, self.robot, self.policy, settings, record, jpeg_quality)
         self._operator = operator_takes_over

@@ -78,6 +78,8 @@ class Limit(IntFlag):
     TRACKING_ERROR = 128
     PROTECTIVE_STOP = 256
     JERK = 512
+    SEPARATION = 1024
+    CONTACT = 2048
 
 
 class TriggerKind(StrEnum):

@@ -75,6 +75,7 @@ class WallResult:
     digest: str
     limits_sha256: str
     privileges: dict[str, Any]
+    self_test: dict[str, Any]
     load: tuple[float, float, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -244,5 +245,6 @@ class Figures:
             digest=told.get("system2", {}).get("digest", ""),
             limits_sha256=told["system1"]["limits_sha256"],
             privileges=told["system1"]["privileges"],
+            self_test=told["system1"].get("self_test", {}),
             load=os.getloadavg(),
         )

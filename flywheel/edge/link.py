@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from numba import types
-from numba.extending import intrinsic
 
-from flywheel.edge.compiled import compiled
+from flywheel.edge.compiled import compiled, intrinsic
 
 Words = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
@@ -50,12 +49,7 @@ def aligned(dtype: Any) -> np.dtype[np.void]:
 # ── compiled: these run in the loop ───────────────────────────────────────────────────────────────────
 
 
-def _intrinsic(fn: Any) -> Any:
-    """``numba.extending.intrinsic``, whose own types hide how the function is called from compiled code."""
-    return intrinsic(fn)
-
-
-@_intrinsic
+@intrinsic
 def _load(typingctx: Any, array: Any, index: Any) -> Any:
     """Atomic 64-bit load, then an acquire fence: what is read next cannot have been read before."""
 
@@ -68,7 +62,7 @@ def _load(typingctx: Any, array: Any, index: Any) -> Any:
     return types.int64(array, types.intp), codegen
 
 
-@_intrinsic
+@intrinsic
 def _store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """Release fence, atomic 64-bit store, release fence: orders it after earlier and before later writes."""
 
@@ -82,7 +76,7 @@ def _store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.intp, types.int64), codegen
 
 
-@_intrinsic
+@intrinsic
 def _acquire(typingctx: Any) -> Any:
     """Acquire fence: reads before it are done before reads after it."""
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flywheel.edge import realtime, rows
-from flywheel.edge.link import Words, load, store
+from flywheel.edge import loop, realtime, rows
+from flywheel.edge.link import load, store
 from flywheel.edge.processes import (
     ACK,
     GRANT,
@@ -28,13 +28,13 @@ from flywheel.edge.processes import (
     Shared,
     resolve,
 )
-from flywheel.edge.safety import CATEGORY_2, SafetyLimits
-from flywheel.edge.system1 import COMMAND, HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
+from flywheel.edge.safety import SafetyLimits
+from flywheel.edge.selftest import self_test
+from flywheel.edge.system1 import HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
 from flywheel.edge.trace import tracer
 from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.robot import Perception, Robot
 
-LEAVE_NS = 2_000_000_000  # longest that coming to rest at the end may take
 RECORDER_S = 0.05  # between two looks of the recorder at its rings
 UPLOADER_S = 1.0
 
@@ -78,40 +78,21 @@ def run_system1(plan: Plan, shared: Shared, place: Place, _generation: int) -> N
     robot: Robot = resolve(plan.robot)(plan.args, shared.world)
     system1 = System1(robot, plan.control_hz, shared.slot, shared.control, control=shared.commands, wall=True)
     period = round(1e9 / plan.control_hz)
-    realtime.pace(np.zeros(realtime.STATUS_WORDS, np.int64), period)  # compiled before the clock matters
+    warm = np.zeros(realtime.STATUS_WORDS, np.int64)
+    realtime.pace_at(warm.ctypes.data, period)  # compiled before the clock matters
     trace = None if shared.trace is None else tracer(system1.reference_now, shared.trace)
     privileges = realtime.claim(plan.priority, plan.cpu)
-    place.tell(ready="system1", limits_sha256=robot.limits.sha256, privileges=privileges.as_dict())
     try:
-        _loop(system1, shared, place.status, period, stop, trace)
+        found = self_test(robot, plan.control_hz, shared.slot.words, shared.control.rows)
+        place.tell(
+            ready="system1",
+            limits_sha256=robot.limits.sha256,
+            privileges=privileges.as_dict(),
+            self_test=found.as_dict(),
+        )
+        loop.run(system1, shared.commands, place.status, period, stop, trace)
     finally:
         robot.stop()
-
-
-def _loop(
-    system1: System1,
-    shared: Shared,
-    status: Words,
-    period: int,
-    stop: _Stop,
-    trace: Callable[[int], None] | None,
-) -> None:
-    """The 1 kHz loop. Its only system calls are the sleep, the clock and the robot's own."""
-    pace, tick = realtime.pace, system1.tick
-    leave_at = 0
-    while True:
-        now, late = pace(status, period)
-        tick(now, late)
-        if trace is not None:
-            trace(now)
-        if leave_at == 0:
-            if stop.asked:
-                shared.commands[COMMAND] = CATEGORY_2
-                leave_at = now + LEAVE_NS
-            elif stop.orphaned(now):
-                leave_at = now + LEAVE_NS  # the ladder was taken when the heartbeat went stale
-        elif system1.resting or now > leave_at:
-            return
 
 
 # ── System 2 ──────────────────────────────────────────────────────────────────────────────────────────

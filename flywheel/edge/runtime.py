@@ -413,7 +413,7 @@ def twin_plan(
     return Plan(
         robot=TWIN_ROBOT,
         perception=TWIN_PERCEPTION,
-        args={"shift": shift, "seed": seed},
+        args={"shift": shift, "seed": seed, "control_hz": control_hz},
         joints=JOINTS,
         cameras={name: (side, side) for name, side in CAMERAS.items()},
         limits=str(Path(flywheel.twin.__file__).parent / "limits.yaml"),
