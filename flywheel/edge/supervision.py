@@ -120,7 +120,8 @@ class Conduct:
         crashes = sum(now_s - t <= s.crash_s for t in self._crashes)
         allowed = 0 if self.trial else s.crashes_max
         if crashes > allowed:
-            return Verdict.GIVE_BACK, f"crashed {crashes} times within {s.crash_s:g} s"
+            times = "on trial" if self.trial else f"{crashes} times within {s.crash_s:g} s"
+            return Verdict.GIVE_BACK, f"crashed {times}"
         invalid = sum(not valid for valid, _ in self._recent)
         if invalid > s.invalid_max:
             return Verdict.GIVE_BACK, f"{invalid} of its last {len(self._recent)} outputs were refused"
