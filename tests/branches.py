@@ -56,7 +56,7 @@ def missing(path: Path) -> tuple[int, list[str]]:
                 took = seen.get((code.co_qualname, code.co_firstlineno, i.offset), set())
                 if len(took) < 2:
                     left.append(
-                        f"{path.relative_to(ROOT)}:{line} {code.co_qualname}: {2 - len(took)} of 2 never taken"
+                        f"{path.relative_to(ROOT)}:{line} {code.co_qualname}: {2 - len(took)} of 2 not taken"
                     )
     return total, left
 

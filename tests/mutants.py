@@ -4,10 +4,10 @@ Each mutant is the module with one small fault: a comparison turned or moved by 
 exchanged, a condition that always or never holds, a constant off, a statement left out. Its tests run until
 one fails; a mutant that none of them notices is a survivor, and is printed with the line.
 
-cosmic-ray and mutmut would do: but they start an interpreter for each mutant (4 s of imports, for each of some
-five hundred) or leave decorated functions alone, which here are all that matter. This forks from a process
-that has imported everything but the module under test. Nothing is compiled (NUMBA_DISABLE_JIT): that the
-compiled and the plain functions agree is what the tests themselves check.
+cosmic-ray and mutmut would do, but the one starts an interpreter for each mutant (4 s of imports, for each of
+some five hundred) and the other leaves decorated functions alone, which here are all that matter. This forks
+from a process that has imported everything but the module under test. Nothing is compiled
+(NUMBA_DISABLE_JIT): that the compiled and the plain functions agree is what the tests themselves check.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ def _untouched(tree: ast.Module) -> set[int]:
         parts: list[ast.AST] = []
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             parts = [node]
-        elif isinstance(node, ast.AnnAssign):
-            parts = [node.annotation]
-        elif isinstance(node, ast.arg) and node.annotation is not None:
-            parts = [node.annotation]
+        elif isinstance(node, ast.AnnAssign | ast.arg):
+            parts = [node.annotation] if node.annotation else []
         elif isinstance(node, ast.FunctionDef):
             parts = [*node.decorator_list, *([node.returns] if node.returns else [])]
         elif isinstance(node, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr):
@@ -84,7 +82,7 @@ def _untouched(tree: ast.Module) -> set[int]:
 
 
 def _mutate(node: ast.AST, variant: int) -> str | None:
-    """Change ``node`` in place; what was done, "" for nothing of interest, None if there is no such variant."""
+    """Change ``node`` in place: what was done, "" for nothing worth a run, None if no variant is left."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in COMPARE and variant < len(COMPARE[type(op)]):
             node.ops = [COMPARE[type(op)][variant]()]
