@@ -107,7 +107,7 @@ class ReplaySettings(Section):
 class TrainSettings(Section):
     """Fine-tuning of the current policy."""
 
-    steps: Count = 700
+    steps: Count = 600
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of base data in a batch

@@ -58,7 +58,7 @@ BARS: tuple[Bar, ...] = (
     Bar("chunk age p99", "ms", lambda r: r.chunk_age.p99 / 1e6 if r.chunk_age.n else None, 150.0, 1.5),
     Bar("lateness p99", "us", lambda r: r.late.p99 / 1e3 if r.late.n else None, 500.0, 2.0),
     Bar("compute p99", "us", lambda r: r.compute.p99 / 1e3 if r.compute.n else None, 250.0, 2.0),
-    Bar("misses", "ppm", lambda r: r.misses_ppm, 5000.0, 2.0),
+    Bar("misses", "ppm", lambda r: r.misses_ppm, 10_000.0, 2.0),
 )
 CHECKS = (FAULTS, *(b.check for b in BARS))
 
