@@ -18,7 +18,7 @@ from typing import TextIO
 from flywheel.edge import realtime
 from flywheel.edge.delivery import Delivery
 from flywheel.edge.figures import WallResult
-from flywheel.edge.journal import Journal
+from flywheel.edge.log import Journal
 from flywheel.edge.metrics import Metrics
 from flywheel.edge.processes import Plan
 from flywheel.edge.runtime import Wall
