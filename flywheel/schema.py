@@ -90,6 +90,15 @@ class TriggerKind(StrEnum):
     TRACKING_ERROR = "tracking_error"
     INTERVENTION = "intervention"
     BASELINE = "baseline"
+    GRASP_LOST = "grasp_lost"
+    OPERATOR_SUCCESS = "operator_success"  # a key that the operator pressed
+    OPERATOR_FAILURE = "operator_failure"
+    POLICY_INVALID = "policy_invalid"  # System 2 made a chunk that was not fit to be followed
+    POLICY_LATE = "policy_late"  # System 1 had no fresh chunk to follow
+    OUT_OF_DISTRIBUTION = "out_of_distribution"
+    PLANT_SIGNAL = "plant_signal"
+    CAMPAIGN = "campaign"  # the condition of a signed campaign was met
+    REQUEST = "request"  # somebody asked for this window
 
 
 class Outcome(StrEnum):

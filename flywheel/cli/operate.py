@@ -10,6 +10,13 @@ import typer
 from flywheel.cli.output import Json, console, messages, rows, show
 from flywheel.errors import ConfigError
 
+BENCHES = {  # imported when asked for
+    "tracking": "flywheel.edge.bench:tracking",
+    "recorder": "flywheel.bench.recorder:recorder",
+    "crash": "flywheel.bench.crash:crash",
+    "hostile": "flywheel.bench.hostile:hostile",
+}
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -122,8 +129,9 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure, against a peer or a limit in the same run."""
-    if name != "tracking":
-        raise ConfigError(f"bench = {name!r}: not known; choose tracking")
-    from flywheel.edge.bench import tracking
+    if name not in BENCHES:
+        raise ConfigError(f"bench = {name!r}: not known; choose {', '.join(BENCHES)}")
+    from importlib import import_module
 
-    show(tracking(full), json)
+    module, _, function = BENCHES[name].partition(":")
+    show(getattr(import_module(module), function)(full), json)

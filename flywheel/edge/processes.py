@@ -21,6 +21,8 @@ import numpy as np
 from pydantic import Field
 
 from flywheel.edge import realtime, rows
+from flywheel.edge.images import FrameRing
+from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Seqlock, Words
 from flywheel.edge.safety import CATEGORY_2, SafetyLimits
 from flywheel.edge.system1 import COMMAND, CONTROL_WORDS, HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
@@ -57,7 +59,7 @@ class Plan(Strict):
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
     others: tuple[int, ...] = ()  # cores of everything else
-    jpeg_quality: int = 95
+    jpeg_quality: int | dict[str, int] = 95  # of all cameras, or of each
 
 
 class Shared:
@@ -67,12 +69,15 @@ class Shared:
         chunk, control, frame, event = _dtypes(plan)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
         self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        self.frames = Ring(frame, FRAME_ROWS, arena.carve(Ring.nbytes(frame, FRAME_ROWS)))
+        pictures = rows.image_bytes(plan.cameras, FRAME_ROWS)
+        room = arena.carve(FrameRing.room(frame, FRAME_ROWS, pictures))
+        self.frames = FrameRing(frame, FRAME_ROWS, pictures, room)
         self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
         self.status1: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
         self.status2: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
         self.world = arena.carve(WORLD_BYTES)
+        self.journal = Journal(arena.carve(JOURNAL_BYTES))  # of whoever records
 
     @staticmethod
     def nbytes(plan: Plan) -> int:
@@ -81,10 +86,11 @@ class Shared:
         parts = (
             Seqlock.nbytes(chunk),
             Ring.nbytes(control, _rows(plan)),
-            Ring.nbytes(frame, FRAME_ROWS),
+            FrameRing.room(frame, FRAME_ROWS, rows.image_bytes(plan.cameras, FRAME_ROWS)),
             Ring.nbytes(event, EVENT_ROWS),
             *(8 * n for n in (CONTROL_WORDS, realtime.STATUS_WORDS, realtime.STATUS_WORDS)),
             WORLD_BYTES,
+            JOURNAL_BYTES,
         )
         return sum(-(-p // 64) * 64 for p in parts)
 
