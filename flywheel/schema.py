@@ -338,6 +338,7 @@ class RobotReport(Strict):
     confirmed: bool = True  # False while the loaded policy is on trial
     refused_digest: str = ""  # the last release that this robot tried and gave back, and why
     refused_reason: str = ""
+    campaigns: dict[str, int] = {}  # that this robot runs: how often their condition was met
 
 
 ROLLOUT_ID = r"^[0-9a-f]{12}-[0-9a-f]{12}$"

@@ -3,8 +3,8 @@
 Everything is real: rings in shared memory that one process fills at 1 kHz, a recorder, a spool keeper and an
 uploader as processes of their own that are killed by SIGKILL, half of them at a random time and half at a
 random durable step; Ceph's RGW behind a server that refuses, stalls, breaks off and lies; a file system that
-is full. What was to be recorded is written down by the process that nobody kills. In the end each trigger has to
-be in exactly one episode, which is whole and verified in the store or still in the spool.
+is full. What was to be recorded is written down by the process that nobody kills. In the end each trigger has
+to be in exactly one episode, which is whole and verified in the store or still in the spool.
 """
 
 from __future__ import annotations

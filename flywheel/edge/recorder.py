@@ -37,7 +37,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,7 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel.config import RecorderSettings
+from flywheel.edge.campaigns import Campaign, CampaignWatch, only_cameras, watches
 from flywheel.edge.history import History, Shape, Source, text
 from flywheel.edge.journal import Journal
 from flywheel.edge.link import Ring
@@ -109,6 +110,7 @@ class Recorder:
         self._rings, self._event_rings = rings, (rings.events, *more_events)
         self._boot = uuid.uuid4().hex if seed is None else str(seed)
         self._windows = Windows(settings)
+        self._watches: list[CampaignWatch] = []
         self._shape = Shape(rings)
         memory = round(settings.memory_mb * 1e6)
         self._history = History(self._shape, memory)
@@ -121,6 +123,7 @@ class Recorder:
             self._windows.restore(state["windows"])
             self.status.resumed = True
         self.detector = Detector(settings, f"{identity.site}/{identity.robot}/{self._boot}")
+        self._campaigns: dict[str, int] = {} if state is None else state["campaigns"]
         self._open_sources(state)
         self._finish_prepared()
 
@@ -185,6 +188,7 @@ class Recorder:
             "windows": self._windows.state(),
             "closed": [w.as_dict() for w in (*self._closed, *self._sealer.waiting())],
             "detector": self.detector.state(),
+            "campaigns": self.campaigns(),
         }
         if not self._journal.save(state):
             for window in (*state["windows"]["open"], *state["closed"]):
@@ -233,6 +237,21 @@ class Recorder:
         oldest = self._history.oldest_ns
         start = start_ns if oldest is None else max(start_ns, oldest)
         return end_ns > start and self._windows.ask(start, end_ns, detail)
+
+    def set_campaigns(self, campaigns: Iterable[Campaign], now_unix_ns: int) -> None:
+        """What else to record, as verified; those that went on before go on counting."""
+        self._campaigns = self.campaigns()
+        running = {w.campaign.campaign_id: w for w in self._watches}
+        wanted = watches(campaigns, self._identity.robot, now_unix_ns, self._campaigns)
+        self._watches = [
+            old if (old := running.get(w.campaign.campaign_id)) and old.campaign == w.campaign else w
+            for w in wanted
+        ]
+        self.detector.watches = list(self._watches)
+
+    def campaigns(self) -> dict[str, int]:
+        """How often the condition of each campaign was met, by id: what the robot reports."""
+        return self._campaigns | {w.campaign.campaign_id: w.count for w in self._watches}
 
     def _rows_to(self) -> int | None:
         """The next row will be of this time or later."""
@@ -290,13 +309,17 @@ class Recorder:
         instructions = frames.column("instruction").unique().to_pylist()
         digests = frames.column("policy_digest").unique().to_pylist()
         me, shape = self._identity, self._shape
+        cameras = only_cameras(window.triggers, shape.cameras)
+        if cameras != shape.cameras:
+            left_out = [f"image.{c}" for c in shape.cameras if c not in cameras]
+            frames = frames.drop_columns(left_out)
         seed = about.get("seed")
         draft = Manifest(
             episode_id=self._name(window, control, frames),
             site=me.site,
             robot=me.robot,
             joints=shape.joints,
-            cameras=shape.cameras,
+            cameras=cameras,
             state_dim=shape.state_dim,
             action_dim=shape.action_dim,
             chunk=shape.chunk,

@@ -5,8 +5,8 @@
     fleet/pending/<robot>/<episode>.json   on a metered link: the manifest of what waits on the robot
 
 The process that uploads reads requests and answers them; what is in the spool it sends first, whatever the
-link. What is not sealed yet only the recorder has: the request is left for it in the spool's ``requests/``, as
-a file that appears whole, and the recorder opens a window for it as far as the rows are here or still to come.
+link. What is not sealed yet only the recorder has: the request is left for it in the spool's ``requests/``,
+as a file that appears whole, and the recorder opens a window for it as far as the rows are here or to come.
 """
 
 from __future__ import annotations

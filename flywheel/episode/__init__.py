@@ -6,6 +6,7 @@ something that no reader takes for one. Once sealed it is never edited.
 """
 
 from flywheel.episode.checks import Problem, Reason, verify
+from flywheel.episode.mending import Repaired, repair
 from flywheel.episode.plot import show
 from flywheel.episode.sealing import (
     Episode,
@@ -31,6 +32,7 @@ __all__ = [
     "Listed",
     "Problem",
     "Reason",
+    "Repaired",
     "UnknownVersion",
     "as_array",
     "commit",
@@ -44,6 +46,7 @@ __all__ = [
     "pull",
     "read",
     "read_manifest",
+    "repair",
     "seal",
     "show",
     "sweep",
