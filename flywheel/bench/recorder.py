@@ -1,8 +1,8 @@
 """``flywheel bench recorder``: what recording costs, next to the disk, the store and lerobot's writer.
 
 The load is 1 kHz × 7 joints and three cameras of 640×480 at 30 Hz. What compares is taken in turns within
-one run: the path of an episode to the disk against a raw fsynced write of the same bytes, its upload against a
-raw PUT of them. CPU shares are of one core, over wall time.
+one run: the way of an episode to the disk against a raw fsynced write of the same bytes, its upload against
+a raw PUT of them. CPU shares are of one core, over wall time.
 """
 
 from __future__ import annotations

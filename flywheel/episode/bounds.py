@@ -7,6 +7,8 @@ bytes become many.
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -32,6 +34,15 @@ _THRIFT = {
 _PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
 _FLAT = _PLAIN | {"BYTE_STREAM_SPLIT", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BINARY_PACKED"}
 _TEXT = _PLAIN | {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+def no_plain_file(path: Path) -> str | None:
+    """Why a path is no file of its own: a link, a pipe, a device; None if it is one, or nothing."""
+    mode = path.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {"a link": stat.S_ISLNK, "a directory": stat.S_ISDIR, "a pipe": stat.S_ISFIFO}
+    return f"is {next((k for k, test in kinds.items() if test(mode)), 'a device')}, not a file of the episode"
 
 
 def open_parquet(f: BinaryIO) -> pq.ParquetFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel import schema
-from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, open_parquet, too_large
+from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, no_plain_file, open_parquet, too_large
 from flywheel.episode.sealing import (
     UnknownVersion,
     as_array,
@@ -78,7 +77,7 @@ def verify(directory: Path) -> list[Problem]:
         return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")]
     if not path.exists(follow_symlinks=False):
         return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")]
-    if (why := _no_plain_file(path)) is not None:
+    if (why := no_plain_file(path)) is not None:
         return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)]
     try:
         manifest = read_manifest(directory)
@@ -103,7 +102,7 @@ def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Probl
     name = entry.name
     try:
         # Before anything is opened: a pipe would wait for ever, a device never end.
-        if (why := _no_plain_file(path)) is not None:
+        if (why := no_plain_file(path)) is not None:
             return [Problem(Reason.NOT_A_FILE, name, why)]
         size = path.stat().st_size
         if (why := too_large(entry, manifest)) is not None or size > FILE_BYTES_MAX:
@@ -136,15 +135,6 @@ def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Probl
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
     return problems + _verify_values(name, table, manifest)
-
-
-def _no_plain_file(path: Path) -> str | None:
-    """Why a path is no file of its own: a link, a pipe, a device; None if it is one, or nothing."""
-    mode = path.lstat().st_mode
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {"a link": stat.S_ISLNK, "a directory": stat.S_ISDIR, "a pipe": stat.S_ISFIFO}
-    return f"is {next((k for k, test in kinds.items() if test(mode)), 'a device')}, not a file of the episode"
 
 
 def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Problem]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from flywheel import schema
+from flywheel.episode.bounds import no_plain_file
 from flywheel.errors import EpisodeError
 from flywheel.schema import FileEntry, Manifest
 
@@ -302,6 +303,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of an episode's directory; a directory without one holds no episode (``EpisodeError``)."""
     path = directory / schema.MANIFEST_FILE
     try:
+        if (why := no_plain_file(path)) is not None:  # a pipe would have us wait for ever
+            raise EpisodeError(f"{path}: {why}")
         with path.open("rb") as f:
             data = f.read(MANIFEST_BYTES_MAX + 1)
     except FileNotFoundError:
