@@ -1,4 +1,4 @@
-"""kill -9 of recorder, spool and uploader for some seconds, against the real store behind a faulty network."""
+"""kill -9 of recorder, spool and uploader for a while, on the real store behind a faulty network."""
 
 from __future__ import annotations
 
