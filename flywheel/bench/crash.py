@@ -265,9 +265,11 @@ class _Lives:
 
     def start(self, role: int, deadly: bool = True) -> None:
         at_step = deadly and self.rng.random() < 0.5
-        self.rig.words[_STEPS + role] = int(self.rng.integers(1, 40)) if at_step else 0
+        # A recorder has to get so far that it seals, or it would be killed at its start for ever.
+        steps, longest = (300, 3.0) if role == 0 else (40, 0.8)
+        self.rig.words[_STEPS + role] = int(self.rng.integers(1, steps)) if at_step else 0
         self._pids[role] = _fork(self._work[role])
-        longest = 2.0 if at_step else 0.8
+        longest = 2.0 * longest if at_step else longest
         self._die_at[role] = time.monotonic() + (self.rng.uniform(0.0, longest) if deadly else 1e9)
 
     def look(self) -> None:
@@ -480,6 +482,7 @@ def _count(rig: Rig, home: Path) -> dict[str, Any]:
     waiting = {q.manifest.episode_id: q.manifest for q in queue.pending()}
     for q in queue.pending():
         damaged += _unsound(q.path)
+    damaged += [f"{d.name}: {(d / 'why.txt').read_text()}" for d in queue.damaged.iterdir()]
     dropped = {d.name for d in queue.summaries()} | {
         i.key.split("/")[-2] for i in store.list("episodes/") if i.key.endswith("/dropped.json")
     }
@@ -497,7 +500,7 @@ def _count(rig: Rig, home: Path) -> dict[str, Any]:
         "in_both": len(waiting.keys() & stored.keys()),
         "lost": len(lost),
         "recorded_twice": sum(n > 1 for n in told.values()) + overlaps,
-        "damaged": len(damaged) + len(list(queue.damaged.iterdir())),
+        "damaged": len(damaged),
         "dropped_by_quota": len(dropped),
         "manifests_that_the_store_spoiled": unreadable,
         "without_marker": sum(markers[e] == 0 for e in stored),
@@ -570,6 +573,7 @@ def crash(full: bool = False) -> dict[str, Any]:
             "after": os.getloadavg(),
             "notes": found["problems"],
             "lost": found["lost_which"],
+            "damaged": found["damaged_which"],
         },
         "figures": figures,
         "bars": {

@@ -134,12 +134,11 @@ def signal(rows: Records, name: Signal, joint: int | None) -> npt.NDArray[np.flo
     """A signal of control rows, ``[n]``; of several joints the largest magnitude."""
     if name in ("chunk_age_s", "late_s"):
         return np.asarray(rows[name.replace("_s", "_ns")] * 1e-9, np.float64)
-    vectors = {
-        "tracking_error_rad": lambda: rows["q"] - rows["q_ref"],
-        "dq_rad_s": lambda: rows["dq"],
-        "tau_nm": lambda: rows["tau"],
-    }
-    size = np.abs(vectors[name]().astype(np.float64))
+    if name == "tracking_error_rad":
+        values = rows["q"] - rows["q_ref"]
+    else:
+        values = rows["dq" if name == "dq_rad_s" else "tau"]
+    size = np.abs(values.astype(np.float64))
     return np.asarray(size.max(axis=1) if joint is None or joint >= size.shape[1] else size[:, joint])
 
 
