@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from flywheel.errors import ConfigError
+from flywheel.schema import TriggerKind
 
 PARAMS_FILE = "params.yaml"
 BUCKET = "flywheel"
@@ -70,8 +71,14 @@ class RecorderSettings(Section):
     max_episode_s: Positive = 30.0  # an episode is sealed at this length at the latest
     tracking_error_rad: Positive = 0.15  # joint error that triggers by itself
     baseline_fraction: Fraction = 0.02  # attempts recorded although nothing failed
+    ood_score: Positive = 3.0  # a policy event "ood_score" above it is out of distribution
+    triggers: tuple[TriggerKind, ...] = tuple(TriggerKind)  # the kinds that record
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
+    jpeg_quality_of: dict[str, Annotated[int, Field(ge=1, le=100)]] = {}  # of cameras that differ
+    memory_mb: Positive = 512.0  # pictures that the recorder holds, beside the rings
     spool_quota_mb: Positive = 2048.0  # disk that the spool may fill
+    metered: bool = False  # the link costs: manifests at once, data by priority or on request
+    metered_priority: Annotated[int, Field(ge=0, le=5)] = 3  # and above: goes over a metered link by itself
 
     @model_validator(mode="after")
     def _window_fits(self) -> Self:

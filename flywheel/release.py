@@ -40,6 +40,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from flywheel.edge.campaigns import CAMPAIGNS_FILE, Campaigns
 from flywheel.errors import BundleError, Conflict, IntegrityError, NotFound, ReleaseError
 from flywheel.keys import ROLES, ROOT_FILE, Keys
 from flywheel.schema import (
@@ -103,6 +104,15 @@ def _read_group(targets: Targets, group: Group) -> tuple[Release | None, dict[st
         return None, {}
     release = Release.model_validate(found[BUNDLE_FILES[-1]].custom)
     return release, {n: BlobInfo(length=t.length, sha256=t.hashes["sha256"]) for n, t in found.items()}
+
+
+def _bundle_of(targets: Mapping[str, TargetFile], group: Group) -> dict[str, TargetFile]:
+    names = {f"{group.value}/{n}" for n in BUNDLE_FILES}
+    return {p: t for p, t in targets.items() if p in names}
+
+
+def _others(targets: Mapping[str, TargetFile], group: Group) -> dict[str, TargetFile]:
+    return {p: t for p, t in targets.items() if p not in _bundle_of(targets, group)}
 
 
 class Publisher:
@@ -243,12 +253,33 @@ class Publisher:
         """Offer nothing in a group."""
 
         def clear(repo: _Repository) -> set[str]:
-            if not repo.roles[group.value].targets:
+            offered = repo.roles[group.value].targets
+            if not _bundle_of(offered, group):
                 return set()
-            repo.roles[group.value].targets.clear()
+            repo.roles[group.value].targets = _others(offered, group)
             return {group.value}
 
         self._commit(clear, guard)
+
+    def publish_campaigns(self, campaigns: Campaigns) -> None:
+        """Sign what robots are to record besides their failures; it replaces what was signed before.
+
+        Signed as a stable release is, so it takes as many keys. ``campaigns`` names who approved it
+        (``flywheel.campaigns`` sees to that).
+        """
+        data = campaigns.to_bytes()
+        blob = BlobInfo(length=len(data), sha256=sha256_bytes(data))
+        self.store.put(_blob_key(Group.STABLE, CAMPAIGNS_FILE, blob.sha256), data, blob.sha256)
+        path = f"{Group.STABLE.value}/{CAMPAIGNS_FILE}"
+
+        def replace(repo: _Repository) -> set[str]:
+            targets = repo.roles[Group.STABLE.value].targets
+            if path in targets and targets[path].hashes["sha256"] == blob.sha256:
+                return set()
+            targets[path] = TargetFile(blob.length, {"sha256": blob.sha256}, path)
+            return {Group.STABLE.value}
+
+        self._commit(replace, None)
 
     def current(self, group: Group) -> Release | None:
         """What a group offers; None if nothing."""
@@ -268,7 +299,8 @@ class Publisher:
         def replace(repo: _Repository) -> set[str]:
             if repo.release(release.group) == (release, dict(files)):
                 return set()
-            repo.roles[release.group.value].targets = {
+            kept = _others(repo.roles[release.group.value].targets, release.group)
+            repo.roles[release.group.value].targets = kept | {
                 (path := f"{release.group.value}/{name}"): TargetFile(
                     blob.length, {"sha256": blob.sha256}, path, {"custom": custom}
                 )

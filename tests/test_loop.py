@@ -188,7 +188,7 @@ def enter(what: str) -> None:
     )  # moves: its read and write are numpy alone
     realtime.pace_at(np.zeros(realtime.STATUS_WORDS, np.int64).ctypes.data, MS)
     realtime.claim(0, None)
-    now, _ = realtime.pace(shared.status1, MS)
+    now, _ = realtime.pace(shared.places["system1"].status, MS)
     shared.commands[HEARTBEAT] = now + 3600 * 10**9
     chunk = shared.slot.record()
     chunk["t0_ns"], chunk["step_ns"], chunk["steps"] = now, 100 * MS, 8
@@ -200,7 +200,7 @@ def enter(what: str) -> None:
         "write": lambda: os.write(1, b"log"),
         "mmap": lambda: bytearray(1 << 22),
     }
-    loop.run(system, shared.commands, shared.status1, MS, After(forbidden.get(what)))
+    loop.run(system, shared.commands, shared.places["system1"].status, MS, After(forbidden.get(what)))
     os._exit(0 if system.resting and system.counters["accepted"] == 1 else 1)
 
 

@@ -193,6 +193,9 @@ def unit(
 BENCHES = {
     "tracking": ("flywheel.edge.bench", "tracking"),
     "faults": ("flywheel.edge.faults", "faults"),
+    "recorder": ("flywheel.bench.recorder", "recorder"),
+    "crash": ("flywheel.bench.crash", "crash"),
+    "hostile": ("flywheel.bench.hostile", "hostile"),
 }
 
 

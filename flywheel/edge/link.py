@@ -99,6 +99,13 @@ def load(words: Words, index: int) -> int:
 
 
 @compiled
+def load_after(words: Words, index: int) -> int:
+    """``load`` that cannot happen before the reads that come before it in the program."""
+    _acquire()
+    return int(_load(words, index))
+
+
+@compiled
 def store(words: Words, index: int, value: int) -> None:
     """A word that another process reads."""
     _store(words, index, value)

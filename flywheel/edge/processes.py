@@ -20,6 +20,8 @@ from pydantic import Field
 
 from flywheel.config import RecorderSettings
 from flywheel.edge import realtime, rows
+from flywheel.edge.images import FrameRing
+from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Seqlock, Words, aligned
 from flywheel.edge.supervision import SupervisionSettings
 from flywheel.edge.system1 import CONTROL_WORDS
@@ -81,7 +83,7 @@ class Plan(Strict):
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
     others: tuple[int, ...] = ()  # cores of everything else
-    jpeg_quality: int = 95
+    jpeg_quality: int | dict[str, int] = 95  # of all cameras, or of each
     recording: Recording | None = None
     supervision: SupervisionSettings = SupervisionSettings()
     # How long a robot whose supervisor is gone holds still for another one to take it over, then it ends.
@@ -134,7 +136,7 @@ def require_fit(plan: Plan, ref: BundleRef) -> None:
 # Words of ``Shared.supervisor``, written by the supervisor alone.
 GRANT, SUPERVISOR_PID, _SUPERVISOR_WORDS = 0, 1, 8
 # Words of ``Place.words``, written by the process that holds the place.
-ACK, SEALED_TO, _PLACE_WORDS = 0, 1, 8
+ACK, _PLACE_WORDS = 0, 8
 _NONCE, _IDENTITY_WORDS = 0, 8
 
 PLACES = ("system1", "system2.a", "system2.b", "recorder", "uploader")
@@ -142,7 +144,7 @@ PLACES = ("system1", "system2.a", "system2.b", "recorder", "uploader")
 
 class Place:
     """What one process tells the others: ``status`` as ``realtime.pace`` keeps it (its TICKS are the
-    heartbeat), ``words`` (ACK, SEALED_TO), and ``told``, a JSON object that replaces the last one."""
+    heartbeat), ``words`` (ACK), and ``told``, a JSON object that replaces the last one."""
 
     def __init__(self, arena: Arena) -> None:
         self.status: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
@@ -189,13 +191,16 @@ class Shared:
         self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
         self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        self.frames = Ring(frame, FRAME_ROWS, arena.carve(Ring.nbytes(frame, FRAME_ROWS)))
+        pictures = rows.image_bytes(plan.cameras, FRAME_ROWS)
+        room = arena.carve(FrameRing.room(frame, FRAME_ROWS, pictures))
+        self.frames = FrameRing(frame, FRAME_ROWS, pictures, room)
         self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.log = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
         self.supervisor: Words = np.frombuffer(arena.carve(_SUPERVISOR_WORDS * 8), np.int64)
         self.places = {name: Place(arena) for name in PLACES}
         self.world = arena.carve(WORLD_BYTES)
+        self.journal = Journal(arena.carve(JOURNAL_BYTES))  # of whoever records
         self.trace: Ring | None = None
         if plan.trace_rows:
             trace = trace_dtype(plan.joints)
@@ -209,12 +214,13 @@ class Shared:
             _IDENTITY_WORDS * 8,
             Seqlock.nbytes(chunk),
             Ring.nbytes(control, _rows(plan)),
-            Ring.nbytes(frame, FRAME_ROWS),
+            FrameRing.room(frame, FRAME_ROWS, rows.image_bytes(plan.cameras, FRAME_ROWS)),
             *[Ring.nbytes(event, EVENT_ROWS)] * 2,
             CONTROL_WORDS * 8,
             _SUPERVISOR_WORDS * 8,
             *Place.sizes() * len(PLACES),
             WORLD_BYTES,
+            JOURNAL_BYTES,
         ]
         if plan.trace_rows:
             parts.append(Ring.nbytes(trace_dtype(plan.joints), plan.trace_rows))

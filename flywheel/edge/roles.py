@@ -20,7 +20,6 @@ from flywheel.edge.link import load, store
 from flywheel.edge.processes import (
     ACK,
     GRANT,
-    SEALED_TO,
     SUPERVISOR_PID,
     Place,
     Plan,
@@ -159,8 +158,7 @@ def run_system2(plan: Plan, shared: Shared, place: Place, generation: int) -> No
 def run_recorder(plan: Plan, shared: Shared, place: Place, _generation: int) -> None:
     """Record what fails, until SIGTERM; then seal what is open.
 
-    One that follows a killed one finds the last seconds still in the rings and records what that one had
-    not sealed, and nothing twice.
+    One that follows a killed one goes on where that one was: rings and journal lie in the shared memory.
     """
     from flywheel import __version__
     from flywheel.edge.recorder import Identity, Recorder
@@ -187,15 +185,17 @@ def run_recorder(plan: Plan, shared: Shared, place: Place, _generation: int) -> 
         more_events=[shared.events],
         make_room=queue.make_room,
         background=True,
-        recorded_to_ns=int(place.words[SEALED_TO]) or None,
+        journal=shared.journal,
     )
     told: dict[str, object] = {}
     wait = threading.Event().wait
     while True:
         ending = stop.asked or stop.orphaned(time.monotonic_ns())
         now = time.monotonic_ns()
-        for manifest in recorder.finish(now) if ending else recorder.poll(now):
-            place.words[SEALED_TO] = max(int(place.words[SEALED_TO]), manifest.window_ns[1])
+        if ending:
+            recorder.finish(now)
+        else:
+            recorder.poll(now)
         place.status[realtime.TICKS] += 1
         status = recorder.status
         news: dict[str, object] = {

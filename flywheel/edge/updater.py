@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flywheel import __version__
+from flywheel.edge.campaigns import Campaign
 from flywheel.edge.signed import Offer, SignedReleases
 from flywheel.edge.slots import TRIAL_BOOTS, Slot, Slots, require
 from flywheel.errors import (
@@ -300,6 +301,11 @@ class Updater:
             return Assignment.model_validate_json(head[1])
         except ValidationError:
             return None  # a state that is not understood gives no leave to act by a candidate
+
+    def campaigns(self) -> tuple[Campaign, ...]:
+        """What this robot is asked to record, verified. After a ``poll`` that reached the store; raises as
+        ``SignedReleases.campaigns`` does."""
+        return self._signed.campaigns(self.root)
 
     # -- what the fleet is told
 
