@@ -47,7 +47,8 @@ class Rig:
 
     def __init__(self) -> None:
         self.slot = Seqlock(chunk_dtype(JOINTS))
-        self.system = System1(Still(), 1000.0, self.slot, Ring(control_dtype(JOINTS), 4096), wall=True)
+        self.ring = Ring(control_dtype(JOINTS), 4096)
+        self.system = System1(Still(), 1000.0, self.slot, self.ring, wall=True)
         self.now = 0
 
     def send(self) -> None:
@@ -64,13 +65,11 @@ class Rig:
 
     def through(self, watched: Callable[[], None]) -> set[Mode]:
         """``watched`` (which ticks) in one mode after another; the modes met."""
-        met = set()
         for k in range(30):
             if k < 5:
                 self.send()
             watched()
-            met.add(Mode(self.system.mode))
-        return met
+        return {Mode(m) for m in self.ring.reader().poll().rows["mode"]}
 
 
 def test_compiled_code_allocates_nothing_in_any_tick() -> None:

@@ -164,7 +164,8 @@ def optimal(state: FloatArray, i: int, goal: float | None) -> float:
 def in_motion(rng: np.random.Generator, dt: float) -> FloatArray:
     """A reference [3, n] somewhere in the middle of something."""
     rows = rng.normal(scale=60.0, size=(4, JOINTS))
-    return drive(np.repeat(rows, round(float(rng.uniform(0.01, 0.1)) / dt), axis=0), dt)[-1].copy()
+    ref: FloatArray = drive(np.repeat(rows, round(float(rng.uniform(0.01, 0.1)) / dt), axis=0), dt)[-1].copy()
+    return ref
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3, 1e-2]))

@@ -9,6 +9,7 @@ whose System 1 is silent holds its last command, and stops and ends when System 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,7 @@ from flywheel.robot import FloatArray, JointState
 
 SILENT, LOST = 5, 20  # periods
 CONNECT_S = 60.0
+PRIORITY = 40  # SCHED_FIFO, of the device's process
 
 
 class Device(Protocol):
@@ -181,6 +183,7 @@ def serve(device: Device, joints: int, rate_hz: float, arena: Arena) -> None:
     period = 1.0 / rate_hz
     due = time.monotonic()
     device.connect()
+    _hurry()
     try:
         while not leave and os.getppid() == parent:
             seen = command.read(given, seen)
@@ -203,6 +206,15 @@ def serve(device: Device, joints: int, rate_hz: float, arena: Arena) -> None:
             device.stop()
         finally:
             device.close()
+
+
+def _hurry() -> None:
+    """The bus has a deadline, too: real-time scheduling, below System 1's, where that is permitted.
+
+    For this thread alone: threads of the driver, such as a camera's, keep ordinary scheduling.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
 
 
 def main() -> int:
