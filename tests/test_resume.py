@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flywheel.edge.journal import Journal
 from flywheel.edge.recorder import Recorder
-from flywheel.episode import as_array, read, verify
+from flywheel.episode import as_array, prepare, read, verify
 from flywheel.schema import Manifest, TriggerKind
 from tests.recording import IDENTITY, MS, WINDOWS, S, Stage
 
@@ -241,7 +241,7 @@ def test_a_poisoned_window_does_not_stop_the_recorder_for_ever(
     from flywheel.edge import sealer
     from flywheel.errors import EpisodeError
 
-    real, calls = sealer.prepare, 0
+    real, calls = prepare, 0
 
     def refuse(*args: Any, **options: Any) -> Manifest:
         nonlocal calls
