@@ -241,14 +241,14 @@ def test_a_poisoned_window_does_not_stop_the_recorder_for_ever(
     from flywheel.edge import sealer
     from flywheel.errors import EpisodeError
 
-    calls = 0
+    real, calls = prepare, 0
 
     def refuse(*args: Any, **options: Any) -> Manifest:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise EpisodeError("rows that make no episode")
-        return prepare(*args, **options)
+        return real(*args, **options)
 
     monkeypatch.setattr(sealer, "prepare", refuse)
     stage = Stage(tmp_path)

@@ -309,7 +309,7 @@ class _Lives:
         if code == -signal.SIGKILL:
             self.told.kills[ROLES[role]] += 1
             self.told.at_steps += self._die_at[role] < 1e17
-        else:
+        elif code or not self.rig.words[_END]:
             self.told.ended_badly.append(f"{ROLES[role]}: {code}")
         self._pids[role] = 0
 
@@ -482,7 +482,9 @@ def _count(rig: Rig, home: Path) -> dict[str, Any]:
     waiting = {q.manifest.episode_id: q.manifest for q in queue.pending()}
     for q in queue.pending():
         damaged += _unsound(q.path)
-    damaged += [f"{d.name}: {(d / 'why.txt').read_text()}" for d in queue.damaged.iterdir()]
+    for d in queue.damaged.iterdir():
+        why = d / "why.txt"
+        damaged.append(f"{d.name}: {why.read_text() if why.exists() else 'no reason was kept'}")
     dropped = {d.name for d in queue.summaries()} | {
         i.key.split("/")[-2] for i in store.list("episodes/") if i.key.endswith("/dropped.json")
     }
