@@ -25,7 +25,7 @@ from flywheel.edge.runtime import Wall
 from flywheel.errors import ConfigError
 
 UNIT_FILE = Path(__file__).parent / "flywheel-edge.service"
-METRICS_EVERY = 20  # looks of the supervisor
+TELL_EVERY = 20  # looks of the supervisor: once a second
 
 
 def serve(
@@ -72,10 +72,11 @@ def serve(
 
         def look() -> bool:
             nonlocal looks
+            if looks % TELL_EVERY == 0:
+                notify("WATCHDOG=1")
+                if metrics is not None:
+                    metrics.update(wall)
             looks += 1
-            notify("WATCHDOG=1")
-            if metrics is not None and looks % METRICS_EVERY == 1:
-                metrics.update(wall)
             return False
 
         try:
@@ -92,7 +93,7 @@ def notify(message: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    with socket.socket(socket.AF_UNIX, kind) as s, suppress(OSError):  # busy: the next beat comes in 50 ms
+    with socket.socket(socket.AF_UNIX, kind) as s, suppress(OSError):  # busy: the next beat comes in a second
         s.sendto(message.encode(), address)
 
 
