@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,12 @@ import typer
 
 from flywheel.cli.output import Json, console, messages, rows, show
 from flywheel.errors import ConfigError
+
+# Imported only when asked for: each brings what it measures with it.
+BENCHES = {
+    "stats": "flywheel.gate.bench:bench",
+    "tracking": "flywheel.edge.bench:tracking",
+}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -122,8 +129,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure, against a peer or a limit in the same run."""
-    if name != "tracking":
-        raise ConfigError(f"bench = {name!r}: not known; choose tracking")
-    from flywheel.edge.bench import tracking
-
-    show(tracking(full), json)
+    if name not in BENCHES:
+        raise ConfigError(f"bench = {name!r}: not known; choose {', '.join(sorted(BENCHES))}")
+    module, function = BENCHES[name].split(":")
+    show(getattr(import_module(module), function)(full), json)
