@@ -53,7 +53,7 @@ class Policies:
 
 
 def bench(full: bool = False) -> dict[str, Any]:
-    """The document of ``flywheel bench stats --json``; about half a minute, or some minutes with ``full``."""
+    """The document of ``flywheel bench stats --json``; under a minute, or some minutes with ``full``."""
     before = os.getloadavg()
     figures: dict[str, float] = {}
     bars: dict[str, dict[str, Any]] = {}
@@ -66,7 +66,7 @@ def bench(full: bool = False) -> dict[str, Any]:
     _levels(20_000 if full else 4_000, figures, bar)
     _sizes(20_000 if full else 4_000, figures, bar)
     _spread(2_000 if full else 300, bar)
-    _gates(1_000 if full else 100, figures, bar)
+    _gates(500 if full else 40, figures, bar)
     for failures, trials in enumerate(PUBLISHED):
         found = stats.trials_for_reliability(0.999, 0.95, failures)
         bar(f"trials_for_99.9_with_{failures}_failures", float(found), "==", float(trials))

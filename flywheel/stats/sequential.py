@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import optimize, special
 
 from flywheel.stats.estimates import Estimate, z_of
 
@@ -64,9 +64,13 @@ def log_capital(
         raise ValueError(f"values must be finite and in [{lowest:g}, {highest:g}], got {x.min()}, {x.max()}")
     if alternative == "less":
         x, null, lowest = -x, -null, -highest
+    return _log_capital(x, null, lowest)
+
+
+def _log_capital(x: NDArray[np.float64], null: float, lowest: float) -> NDArray[np.float64]:
     shares, weights = _gamblers()
-    gains = np.log1p(shares * ((x - null) / (null - lowest))[..., np.newaxis])
-    paths = np.cumsum(gains, axis=-2, out=gains)
+    paths = np.log1p(((x - null) / (null - lowest))[..., np.newaxis] * shares)
+    np.cumsum(paths, axis=-2, out=paths)
     best = paths.max(axis=-1, keepdims=True)
     return np.asarray(np.log(np.exp(paths - best) @ weights) + best[..., 0])
 
@@ -105,6 +109,7 @@ def confidence_sequence(
         raise ValueError("need one value or more, got none")
     z_of(confidence)
     target = -math.log((1 - confidence) / 2)
+    log_capital(x, (lowest + highest) / 2, lowest=lowest, highest=highest)  # refuses what is out of range
     low = _limit(x, target, lowest, highest)
     high = -_limit(-x, target, -highest, -lowest)
     return Estimate(float(x.mean()), low, high, int(x.size))
@@ -112,13 +117,13 @@ def confidence_sequence(
 
 def _limit(x: NDArray[np.float64], target: float, lowest: float, highest: float) -> float:
     """The largest mean against which the capital has ever reached ``target``; it falls with the mean."""
-    lo, hi = lowest, highest
-    for _ in range(36):  # to 3e-11 of the range
-        mid = (lo + hi) / 2
-        if not lowest < mid < highest:
-            break
-        if log_capital(x, mid, lowest=lowest, highest=highest).max() >= target:
-            lo = mid
-        else:
-            hi = mid
-    return lo
+
+    def excess(mean: float) -> float:
+        return float(_log_capital(x, mean, lowest).max()) - target
+
+    edge = 1e-9 * (highest - lowest)
+    if excess(lowest + edge) < 0:
+        return lowest
+    if excess(highest - edge) >= 0:
+        return highest
+    return float(optimize.brentq(excess, lowest + edge, highest - edge, xtol=edge))

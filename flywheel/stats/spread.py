@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 from flywheel.stats.estimates import Estimate, z_of
 
@@ -54,7 +54,7 @@ def paired_spread_ratio(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) ->
 def _solve(x: NDArray[np.float64], y: NDArray[np.float64], target: float) -> float:
     """Logarithm of the scale at which sum and difference have rank correlation ``target``; it falls."""
     lo, hi = -_LOG_RATIO, _LOG_RATIO
-    for _ in range(40):
+    for _ in range(30):
         mid = (lo + hi) / 2
         scaled = y * math.exp(-mid)
         # > 0 while y, scaled, still spreads more than x
@@ -67,6 +67,13 @@ def _solve(x: NDArray[np.float64], y: NDArray[np.float64], target: float) -> flo
 
 def _rank_correlation(u: NDArray[np.float64], v: NDArray[np.float64]) -> float:
     """Spearman's, with average ranks for ties; 0 where one side is constant."""
-    p, q = (stats.rankdata(s) - (s.size + 1) / 2 for s in (u, v))
+    p, q = _ranks(u), _ranks(v)
     norm = math.sqrt(float(p @ p) * float(q @ q))
     return float(p @ q) / norm if norm else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average ranks, about their mean."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[group] - (values.size + 1) / 2)
