@@ -137,11 +137,12 @@ class GateSettings(Section):
     shift: str = "factory"  # where the failures came from
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab
-    looks: Annotated[int, Field(ge=1, le=10)] = 2  # times success is looked at; it may be decided at each
+    look_pairs: Count = 10  # pairs between two looks at success; it may be decided at each look
     max_scenarios: Count = 20  # recorded failures that are replayed, the newest
     seed: Seed = 0  # scenes also depend on the two policies, so that each gate draws fresh ones
     min_lift: Annotated[float, Field(ge=-1, le=1)] = 0.0  # the lift's interval must lie above this
     max_lab_drop: Fraction = 0.05  # success that the lab may lose
+    max_progress_drop: Fraction = 0.05  # mean task progress that the shift and the lab may lose
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # one-sided, of every check
     wall_s: Positive = 3.0  # length of one run on the wall clock
     wall_pairs: Annotated[int, Field(ge=2)] = 16  # most runs of each policy on the wall clock

@@ -104,6 +104,7 @@ class World:
                     tracking_rms_rad=error / 3,
                     tracking_p99_rad=error,
                     invalid_chunks=0,
+                    progress=1.0 if won else 0.5,
                 )
             )
         self.calls += 1
@@ -161,7 +162,7 @@ def test_a_better_candidate_is_promoted_with_evidence_and_intervals(world: World
     assert lift.low is not None
     assert lift.value is not None
     assert 0 < lift.low < lift.value
-    assert lift.n == SETTINGS.episodes // 2, "so clear a lift is seen at the first look, with half of them"
+    assert lift.n <= SETTINGS.episodes // 2, "so clear a lift is seen early"
     assert report.objection(bundle_digest(world.candidate), bundle_digest(world.current)) is None
 
 
@@ -291,7 +292,7 @@ def test_a_candidate_that_gains_nothing_never_passes_a_bar_of_superiority(
     outcomes: list[tuple[bool, bool]],
 ) -> None:
     pairs = [task.Pair(_attempt(a), _attempt(b)) for a, b in outcomes]
-    assert task.success("success", pairs, 0.0, 0.95, 2).verdict is not Verdict.PROMOTE
+    assert task.success("success", pairs, 0.0, 0.95).verdict is not Verdict.PROMOTE
 
 
 def _attempt(won: bool, shift: str = "lab", seed: int = 1) -> Attempted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ from flywheel.errors import ConfigError
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (demo, up, down, status, fleet, bench):
+    for command in (demo, up, down, status, fleet):
         app.command()(command)
     edge = typer.Typer(help="One robot.", no_args_is_help=True)
     edge.command("run")(run_edge)
@@ -187,33 +186,3 @@ def unit(
     from flywheel.edge.service import unit as filled
 
     typer.echo(filled(policy, user, metrics_port=metrics_port), nl=False)
-
-
-# name -> module, and its function that measures and returns a document; imported when asked for
-BENCHES = {
-    "tracking": ("flywheel.edge.bench", "tracking"),
-    "faults": ("flywheel.edge.faults", "faults"),
-    "recorder": ("flywheel.bench.recorder", "recorder"),
-    "crash": ("flywheel.bench.crash", "crash"),
-    "hostile": ("flywheel.bench.hostile", "hostile"),
-}
-
-
-def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark.")] = "tracking",
-    full: Annotated[bool, typer.Option(help="Longer.")] = False,
-    json: Json = False,
-) -> None:
-    """Measure, against a peer or a limit in the same run."""
-    if name not in BENCHES:
-        raise ConfigError(f"bench = {name!r}: not known; choose one of {', '.join(BENCHES)}")
-    module_name, function = BENCHES[name]
-    module = importlib.import_module(module_name)
-    doc = getattr(module, function)(full)
-    if hasattr(module, "table") and not json:  # a benchmark with more to say than its figures
-        columns, lines = module.table(doc)
-        rows(columns, lines, False)
-        bars = {k: f"{b['value']:.4g} {b['op']} {b['bar']:g}" for k, b in doc["bars"].items()}
-        missed = [k for k, b in doc["bars"].items() if not b["ok"]]
-        doc = {"load": doc["load"], "bars": bars, "missed": ", ".join(missed) or "none"}
-    show(doc, json)

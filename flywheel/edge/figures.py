@@ -37,14 +37,16 @@ class Quantiles:
     p999: float
     max: float
     n: int
+    spread: float = 0.0  # p90 - p10
 
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> Quantiles:
         """Of an array of any length."""
         if not len(values):
             return cls(0.0, 0.0, 0.0, 0.0, 0)
-        p50, p99, p999 = np.percentile(values, (50, 99, 99.9), method="higher")
-        return cls(float(p50), float(p99), float(p999), float(values.max()), len(values))
+        p10, p50, p90, p99, p999 = np.percentile(values, (10, 50, 90, 99, 99.9), method="higher")
+        spread = float(p90 - p10)
+        return cls(float(p50), float(p99), float(p999), float(values.max()), len(values), spread)
 
 
 @dataclass(frozen=True)
