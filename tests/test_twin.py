@@ -168,6 +168,33 @@ def test_a_box_let_go_of_in_mid_air_counts_as_dropped(cell: Cell) -> None:
     assert (*before, cell.dropped, cell.success) == (False, False, True, False)
 
 
+def test_progress_grows_stage_by_stage_as_the_operator_works_and_only_the_target_counts(cell: Cell) -> None:
+    cell.reset(11)
+    assert cell.progress == 0.0
+    wrong = (cell.target + 1) % BOXES
+    cell.place_arm(cell.top(wrong) + np.array([0, 0, 0.001]))
+    cell.settle()
+    cell.step(cell.bias.copy(), 1.0)
+    assert cell.held == wrong
+    assert cell.progress == 0.0
+    cell.reset(11)
+    cell.place_arm(cell.target_top + np.array([0, 0, 0.03]))
+    cell.settle()
+    assert cell.progress == 0.25
+    cell.place_arm(cell.target_top + np.array([0, 0, 0.001]))
+    cell.settle()
+    cell.step(cell.bias.copy(), 1.0)
+    assert cell.progress == 0.5
+    cell.set_box(cell.target, np.array([*BIN_M, 0.15]))
+    cell.settle()
+    assert cell.progress == 0.75
+    cell.reset(11)
+    cell.set_box(cell.target, np.array([*BIN_M, 0.03]))
+    cell.settle()
+    assert cell.success
+    assert cell.progress == 1.0
+
+
 def test_projection_finds_the_boxes_in_the_picture(cell: Cell) -> None:
     found = 0
     for seed in range(8):

@@ -66,7 +66,7 @@ def bench(full: bool = False) -> dict[str, Any]:
     _levels(20_000 if full else 4_000, figures, bar)
     _sizes(20_000 if full else 4_000, figures, bar)
     _spread(2_000 if full else 300, bar)
-    _gates(500 if full else 40, figures, bar)
+    _gates(500 if full else 30, figures, bar)
     for failures, trials in enumerate(PUBLISHED):
         found = stats.trials_for_reliability(0.999, 0.95, failures)
         bar(f"trials_for_99.9_with_{failures}_failures", float(found), "==", float(trials))

@@ -107,7 +107,8 @@ class Judge:
             if Verdict.ROLL_BACK in verdicts or Verdict.HOLD not in verdicts or len(pairs) >= budget:
                 self.progress(name, budget, budget)
                 self._spare = scenes[len(pairs) :]
-                return checks
+                planned = {"planned_pairs": budget}
+                return [c.model_copy(update={"evidence": c.evidence | planned}) for c in checks]
 
     def _tracking(self) -> list[Check]:
         """Tracking over the lab's pairs: once when success has decided and, if open, over all of them."""

@@ -27,11 +27,12 @@ Sources
     Vovk & Wang, Ann. Stat. 49 (2021) 1736-1754 (which e-values may be multiplied, and which averaged).
     McCulloch, Commun. Stat. Theory Methods 16 (1987) 1377-1391 (spread of paired values, by ranks), after
     Pitman, Biometrika 31 (1939) 9-12 and Morgan, ibid. 13-19.
-    Holm, Scand. J. Stat. 6 (1979) 65-70; Wang & Ramdas, J. R. Stat. Soc. B 84 (2022) 822-852 (e-BH).
+    Holm, Scand. J. Stat. 6 (1979) 65-70.
+    Nam, Biometrics 53 (1997) 1422-1430 (pairs that a non-inferiority plan of fixed size needs).
 """
 
 from flywheel.stats.estimates import Difference, Estimate, Moments, Percentiles
-from flywheel.stats.multiplicity import e_benjamini_hochberg, holm
+from flywheel.stats.multiplicity import holm
 from flywheel.stats.paired import mcnemar, paired_difference, paired_interval, pairs_for_margin
 from flywheel.stats.proportions import (
     clopper_pearson,
@@ -58,7 +59,6 @@ __all__ = [
     "Percentiles",
     "clopper_pearson",
     "confidence_sequence",
-    "e_benjamini_hochberg",
     "e_value",
     "holm",
     "log_capital",

@@ -21,23 +21,3 @@ def holm(p: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(x)
     adjusted[order] = np.minimum(stepped, 1.0)
     return [float(v) for v in adjusted]
-
-
-def e_benjamini_hochberg(e: Sequence[float], alpha: float = 0.05) -> list[bool]:
-    """Which of these e-values are discoveries at false discovery rate ``alpha`` (e-BH, Wang & Ramdas 2022).
-
-    Under any dependence. The k largest, for the most k such that the k-th largest is at least
-    ``m / (alpha k)``.
-    """
-    x = np.asarray(e, dtype=np.float64)
-    if x.ndim != 1 or not (x >= 0).all():
-        raise ValueError(f"e-values must not be negative, got {list(e)}")
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
-    order = np.argsort(-x, kind="stable")
-    k = np.arange(1, x.size + 1)
-    passed = np.flatnonzero(k * x[order] >= x.size / alpha)
-    found = np.zeros(x.size, bool)
-    if passed.size:
-        found[order[: passed[-1] + 1]] = True
-    return [bool(v) for v in found]
