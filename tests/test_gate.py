@@ -329,7 +329,7 @@ def test_progress_sees_a_loss_where_neither_policy_succeeds() -> None:
         assert (held.verdict, held.value) == (Verdict.HOLD, None)
 
 
-def _tracked(current: npt.NDArray[np.float64], candidate: npt.NDArray[np.float64]) -> list[task.Pair]:
+def _tracked(current: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> list[task.Pair]:
     return [
         task.Pair(*(_attempt(True).model_copy(update={"tracking_p99_rad": float(x)}) for x in both))
         for both in zip(current, candidate, strict=True)

@@ -50,7 +50,7 @@ def test_looking_after_every_pair_errs_within_the_level_by_exact_enumeration(
 ) -> None:
     """Every path of 60 pairs, stopped where capital first reaches 20; no luck is involved."""
     n, refused = 60, 0.0
-    alive = np.zeros((n + 2, n + 2))
+    alive: Array = np.zeros((n + 2, n + 2))
     alive[0, 0] = 1.0
     for t in range(1, n + 1):
         after = alive * (1 - p_gained - p_lost)
@@ -70,7 +70,7 @@ def test_a_confidence_sequence_covers_a_success_rate_at_all_times_together(p: fl
     """Coverage over every path of 80 trials; each limit misses with 2.5 % at most."""
     n, missed = 80, {"greater": 0.0, "less": 0.0}
     for side in ("greater", "less"):
-        alive = np.zeros(n + 2)
+        alive: Array = np.zeros(n + 2)
         alive[0] = 1.0
         for t in range(1, n + 1):
             after = alive * (1 - p)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from flywheel import stats
@@ -16,7 +17,7 @@ from flywheel import stats
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=20)
 
 
-def draws(seed: int, n: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def draws(seed: int, n: int = 100) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two policies over the same scenes: part of what happens is the scene's doing."""
     rng = np.random.default_rng(seed)
     scene = rng.standard_normal(n)
@@ -53,7 +54,7 @@ def test_one_is_inside_the_interval_exactly_where_spearmans_test_says_so() -> No
         a, b = draws(seed, 30)
         b = 1.4 * b
         x, y = a - np.median(a), b - np.median(b)
-        p = float(scipy_stats.spearmanr(y + x, y - x).pvalue)
+        p = float(scipy_stats.spearmanr((y + x).tolist(), (y - x).tolist()).pvalue)
         r = stats.paired_spread_ratio(a, b)
         assert (r.low < 1.0 < r.high) == (p > 0.05)
 

@@ -31,7 +31,7 @@ from flywheel.schema import Bundle, Strict, sha256_bytes
 
 WORLD_BYTES = 1 << 16  # for what a simulated robot tells its own perception
 CONTROL_S = 16.0  # how far the slowest reader may fall behind System 1
-FRAME_ROWS, EVENT_ROWS = 128, 256
+FRAME_ROWS, EVENT_ROWS = 128, 256  # at least; frames as long as control rows
 TOLD_BYTES = 4096
 EXIT_BAD_PLAN = 3  # a fault that starting again will not mend
 
@@ -191,9 +191,9 @@ class Shared:
         self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
         self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        pictures = rows.image_bytes(plan.cameras, FRAME_ROWS)
-        room = arena.carve(FrameRing.room(frame, FRAME_ROWS, pictures))
-        self.frames = FrameRing(frame, FRAME_ROWS, pictures, room)
+        pictures = rows.image_bytes(plan.cameras, _frames(plan))
+        room = arena.carve(FrameRing.room(frame, _frames(plan), pictures))
+        self.frames = FrameRing(frame, _frames(plan), pictures, room)
         self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.log = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
@@ -214,7 +214,7 @@ class Shared:
             _IDENTITY_WORDS * 8,
             Seqlock.nbytes(chunk),
             Ring.nbytes(control, _rows(plan)),
-            FrameRing.room(frame, FRAME_ROWS, rows.image_bytes(plan.cameras, FRAME_ROWS)),
+            FrameRing.room(frame, _frames(plan), rows.image_bytes(plan.cameras, _frames(plan))),
             *[Ring.nbytes(event, EVENT_ROWS)] * 2,
             CONTROL_WORDS * 8,
             _SUPERVISOR_WORDS * 8,
@@ -238,6 +238,10 @@ class Shared:
 
 def _rows(plan: Plan) -> int:
     return round(plan.control_hz * CONTROL_S)
+
+
+def _frames(plan: Plan) -> int:
+    return max(FRAME_ROWS, round(plan.policy_hz * CONTROL_S))
 
 
 def resolve(name: str) -> Callable[..., Any]:

@@ -293,6 +293,7 @@ class _Gate:
         age = 100e6 + infer
         error = 0.002 * math.exp(0.3 * own.standard_normal())
         return WallResult(
+            self_test={},
             seconds=seconds,
             ticks=ticks,
             late=Quantiles.of(late),

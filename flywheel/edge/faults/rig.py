@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class Rig:
     name = "rig"
     joints = JOINTS
     rate_hz = 1e9 / TICK_NS
+    takes: Literal["torque", "position"] = "torque"
 
     def __init__(self, world: memoryview) -> None:
         self.limits = SafetyLimits.load(limits_file())
