@@ -124,6 +124,16 @@ def test_a_late_policy_is_one_that_lets_an_attempt_run_dry() -> None:
     assert d.control(rows(300, 200, mode=Mode.RAMP, chunk_id=4)) == []  # nothing is asked of it
 
 
+def test_a_robot_that_waits_for_its_first_chunks_or_is_told_to_rest_has_no_late_policy() -> None:
+    d = Detector(RecorderSettings())
+    d.event(event(0, "task", "start"))
+    assert d.control(rows(300, 0, mode=Mode.HOLD, chunk_id=1)) == []  # the second in a row is still to come
+    assert d.control(rows(300, 300, mode=Mode.FOLLOW, chunk_id=2)) == []
+    assert d.control(rows(300, 600, mode=Mode.RAMP, chunk_id=2)) == []  # without having to carry on first
+    d.event(event(900, "task", "start"))
+    assert d.control(rows(300, 900, mode=Mode.HOLD, chunk_id=2)) == []
+
+
 def test_refused_chunks_in_a_row_are_one_trigger() -> None:
     d = Detector(RecorderSettings())
     frame = np.zeros(1, frame_dtype({}, 1, 1, 1))

@@ -30,8 +30,9 @@ from flywheel.edge.link import store as store_word
 from flywheel.edge.policies import Policies
 from flywheel.edge.processes import SUPERVISOR_PID, BundleRef, Plan, Shared
 from flywheel.edge.rows import EventLog, Rings, event_dtype
+from flywheel.edge.safety import CATEGORY_2
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import HEARTBEAT
+from flywheel.edge.system1 import COMMAND, HEARTBEAT
 from flywheel.errors import BundleError, ConfigError, ServiceError
 from flywheel.schema import Bundle, bundle_digest
 
@@ -211,6 +212,8 @@ class Wall:
 
     def close(self) -> None:
         """End every process; System 1 comes to rest first, and the recorder last. May be called twice."""
+        if self._system1 is not None:
+            self.shared.commands[COMMAND] = CATEGORY_2  # before the chunks end, or that would be a fault
         self.policies.close(2.0, self._beat)
         if self._system1 is not None:
             self._system1.child.end(5.0, self._beat)

@@ -128,6 +128,7 @@ class Detector:
         lost = RULES[TriggerKind.GRASP_LOST]
         self._grasp = Debounce(lost.heal, lost.confirm)  # of the grasp: what is confirmed is that it ended
         self._stopped = False
+        self._carried_ns = self._cleared_ns = -1  # last tick that carried on; last that followed or stopped
         self._attempts: list[tuple[int, bool]] = []  # when one began (True) or was ended by the policy
         self._judged: list[tuple[int, str]] = []  # chunks that System 2 refused in this poll, and why
 
@@ -148,7 +149,7 @@ class Detector:
             size = float(worst[i]) if np.isfinite(worst[i]) else None  # JSON has no NaN
             where = {"joint": int(error[i].argmax()), "error_rad": size}
             found.append(self._happening(t[i], TriggerKind.TRACKING_ERROR, where))
-        without = (rows["mode"] > Mode.FOLLOW) & ~stopped & (rows["chunk_id"] >= 0) & self._working(t)
+        without = self._out_of_chunks(rows) & self._working(t)
         for i in self._late.edges(without):
             why = {
                 "mode": Mode(int(rows["mode"][i])).name.lower(),
@@ -244,6 +245,21 @@ class Detector:
     def _note_attempt(self, t_ns: int, begins: bool) -> None:
         self._attempts = sorted([*self._attempts, (t_ns, begins)])[-_ATTEMPTS_KEPT:]
 
+    def _out_of_chunks(self, rows: Records) -> npt.NDArray[np.bool_]:
+        """Where System 1 ran out of chunks in mid-motion: it had to carry on, and has not followed since.
+
+        A robot that waits for its first chunks, or was told to come to rest, is not let down by its policy.
+        """
+        t, mode = rows["t_ns"], rows["mode"]
+        carried = np.where(mode == Mode.CARRY_ON, t, -1)
+        cleared = np.where((mode == Mode.FOLLOW) | (mode >= Mode.STOP_1), t, -1)
+        carried = np.maximum.accumulate(np.maximum(carried, self._carried_ns))
+        cleared = np.maximum.accumulate(np.maximum(cleared, self._cleared_ns))
+        self._carried_ns, self._cleared_ns = int(carried[-1]), int(cleared[-1])
+        times = np.array([a[0] for a in self._attempts], np.int64)
+        began = np.append(-1, times)[np.searchsorted(times, t, side="right")]
+        return np.asarray(carried > np.maximum(cleared, began))
+
     def _working(self, t: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Whether an attempt was under way at these times; always, on a robot that does not tell of any."""
         if not self._attempts:
@@ -276,6 +292,7 @@ class Detector:
         return {
             "debounce": {n: [d.raised, d.run] for n, d in self._debounces.items()},
             "stopped": self._stopped,
+            "carried": [self._carried_ns, self._cleared_ns],
             "attempts": self._attempts,
             "malformed": self.malformed,
         }
@@ -285,6 +302,7 @@ class Detector:
         for name, d in self._debounces.items():
             d.raised, d.run = state["debounce"][name]
         self._stopped, self.malformed = state["stopped"], state["malformed"]
+        self._carried_ns, self._cleared_ns = state["carried"]
         self._attempts = [(t, begins) for t, begins in state["attempts"]]
 
 
