@@ -1,8 +1,8 @@
 """Policies that went wrong the way policies do, caught by the gate in the real twin and on the real clock.
 
 Each is the base policy of the checkout with its graph edited; each still loads, and gives finite actions of
-the right shape. The bars are wide (30 points), so that a few pairs decide. One edit is harmless: it shows that
-it is not the editing that is caught.
+the right shape. The bars are wide (30 points), so that a few pairs decide. One edit is harmless: it shows
+that it is not the editing that is caught.
 """
 
 from __future__ import annotations
