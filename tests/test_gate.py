@@ -361,7 +361,17 @@ def test_a_spread_without_anything_to_compare_it_with_holds_unless_it_does_not_m
 
 
 def test_open_tracking_takes_the_rest_of_the_labs_budget_and_no_more(world: World, tmp_path: Path) -> None:
-    world.tracking = 1.15
+    def unlike(call: int, attempts: list[Attempted]) -> list[Attempted]:
+        """As bad on the whole, but never in the same scenes."""
+        noise = [
+            0.5 * np.random.default_rng([a.seed, i % 2]).standard_normal() for i, a in enumerate(attempts)
+        ]
+        return [
+            a.model_copy(update={"tracking_p99_rad": 0.02 * math.exp(0.1 * (i % 2) + noise[i])})
+            for i, a in enumerate(attempts)
+        ]
+
+    world.attempts_fault = unlike
     report = world.judge(tmp_path / "out")
     by_name = {c.name: c for c in report.checks}
     assert by_name[task.TRACKING].n == SETTINGS.lab_episodes

@@ -38,15 +38,15 @@ def test_a_collapse_and_a_growth_of_spread_at_the_same_median_are_seen(factor: f
 
 
 def test_the_interval_of_a_ratio_of_spreads_covers_it_as_often_as_it_says() -> None:
-    """1,000 seeded draws at 90 %, one-sided misses within three standard errors of 5 %."""
+    """400 seeded draws at 90 %, one-sided misses within three standard errors of 5 %."""
     above = below = 0
-    for seed in range(1000):
+    for seed in range(400):
         a, b = draws(seed, 40)
         r = stats.paired_spread_ratio(a, 1.7 * b, 0.9)
         below += r.high < 1.7
         above += r.low > 1.7
-    assert 30 <= below <= 71
-    assert 30 <= above <= 71
+    assert 7 <= below <= 33
+    assert 7 <= above <= 33
 
 
 def test_one_is_inside_the_interval_exactly_where_spearmans_test_says_so() -> None:

@@ -28,7 +28,6 @@ Sources
     McCulloch, Commun. Stat. Theory Methods 16 (1987) 1377-1391 (spread of paired values, by ranks), after
     Pitman, Biometrika 31 (1939) 9-12 and Morgan, ibid. 13-19.
     Holm, Scand. J. Stat. 6 (1979) 65-70.
-    Nam, Biometrics 53 (1997) 1422-1430 (pairs that a non-inferiority plan of fixed size needs).
 """
 
 from flywheel.stats.estimates import Difference, Estimate, Moments, Percentiles

@@ -126,4 +126,5 @@ def _limit(x: NDArray[np.float64], target: float, lowest: float, highest: float)
         return lowest
     if excess(highest - edge) >= 0:
         return highest
-    return float(optimize.brentq(excess, lowest + edge, highest - edge, xtol=edge))
+    # One tolerance outwards, so that rounding never makes the interval too narrow.
+    return float(optimize.brentq(excess, lowest + edge, highest - edge, xtol=edge)) - edge
