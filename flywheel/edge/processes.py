@@ -28,8 +28,8 @@ from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.schema import Bundle, Strict, sha256_bytes
 
 WORLD_BYTES = 1 << 16  # for what a simulated robot tells its own perception
-CONTROL_S = 16.0  # how far the slowest reader may fall behind System 1
-FRAME_ROWS, EVENT_ROWS = 128, 256
+RING_S = 30.0  # how far a reader may fall behind: more than it takes to notice and replace a dead recorder
+EVENT_ROWS = 512
 TOLD_BYTES = 4096
 EXIT_BAD_PLAN = 3  # a fault that starting again will not mend
 
@@ -188,8 +188,9 @@ class Shared:
         chunk, control, frame, event = dtypes(plan)
         self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
-        self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        self.frames = Ring(frame, FRAME_ROWS, arena.carve(Ring.nbytes(frame, FRAME_ROWS)))
+        ticks, looks = _rows(plan)
+        self.control = Ring(control, ticks, arena.carve(Ring.nbytes(control, ticks)))
+        self.frames = Ring(frame, looks, arena.carve(Ring.nbytes(frame, looks)))
         self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.log = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
@@ -205,11 +206,12 @@ class Shared:
     def nbytes(plan: Plan) -> int:
         """Bytes of arena that a plan needs."""
         chunk, control, frame, event = dtypes(plan)
+        ticks, looks = _rows(plan)
         parts = [
             _IDENTITY_WORDS * 8,
             Seqlock.nbytes(chunk),
-            Ring.nbytes(control, _rows(plan)),
-            Ring.nbytes(frame, FRAME_ROWS),
+            Ring.nbytes(control, ticks),
+            Ring.nbytes(frame, looks),
             *[Ring.nbytes(event, EVENT_ROWS)] * 2,
             CONTROL_WORDS * 8,
             _SUPERVISOR_WORDS * 8,
@@ -230,8 +232,9 @@ class Shared:
         self.identity[_NONCE] = nonce
 
 
-def _rows(plan: Plan) -> int:
-    return round(plan.control_hz * CONTROL_S)
+def _rows(plan: Plan) -> tuple[int, int]:
+    """Of the control ring and of the frame ring."""
+    return round(plan.control_hz * RING_S), max(round(plan.policy_hz * RING_S), 2)
 
 
 def resolve(name: str) -> Callable[..., Any]:
