@@ -30,8 +30,8 @@ from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.schema import Bundle, Strict, sha256_bytes
 
 WORLD_BYTES = 1 << 16  # for what a simulated robot tells its own perception
-CONTROL_S = 16.0  # how far the slowest reader may fall behind System 1
-FRAME_ROWS, EVENT_ROWS = 128, 256  # at least; frames as long as control rows
+RING_S = 30.0  # how far a reader may fall behind: more than it takes to notice and replace a dead recorder
+EVENT_ROWS = 512
 TOLD_BYTES = 4096
 EXIT_BAD_PLAN = 3  # a fault that starting again will not mend
 
@@ -190,10 +190,11 @@ class Shared:
         chunk, control, frame, event = dtypes(plan)
         self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
-        self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        pictures = rows.image_bytes(plan.cameras, _frames(plan))
-        room = arena.carve(FrameRing.room(frame, _frames(plan), pictures))
-        self.frames = FrameRing(frame, _frames(plan), pictures, room)
+        ticks, looks = _rows(plan)
+        self.control = Ring(control, ticks, arena.carve(Ring.nbytes(control, ticks)))
+        pictures = rows.image_bytes(plan.cameras, looks)
+        room = arena.carve(FrameRing.room(frame, looks, pictures))
+        self.frames = FrameRing(frame, looks, pictures, room)
         self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.log = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
         self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
@@ -210,11 +211,12 @@ class Shared:
     def nbytes(plan: Plan) -> int:
         """Bytes of arena that a plan needs."""
         chunk, control, frame, event = dtypes(plan)
+        ticks, looks = _rows(plan)
         parts = [
             _IDENTITY_WORDS * 8,
             Seqlock.nbytes(chunk),
-            Ring.nbytes(control, _rows(plan)),
-            FrameRing.room(frame, _frames(plan), rows.image_bytes(plan.cameras, _frames(plan))),
+            Ring.nbytes(control, ticks),
+            FrameRing.room(frame, looks, rows.image_bytes(plan.cameras, looks)),
             *[Ring.nbytes(event, EVENT_ROWS)] * 2,
             CONTROL_WORDS * 8,
             _SUPERVISOR_WORDS * 8,
@@ -236,12 +238,9 @@ class Shared:
         self.identity[_NONCE] = nonce
 
 
-def _rows(plan: Plan) -> int:
-    return round(plan.control_hz * CONTROL_S)
-
-
-def _frames(plan: Plan) -> int:
-    return max(FRAME_ROWS, round(plan.policy_hz * CONTROL_S))
+def _rows(plan: Plan) -> tuple[int, int]:
+    """Of the control ring and of the frame ring."""
+    return round(plan.control_hz * RING_S), max(round(plan.policy_hz * RING_S), 2)
 
 
 def resolve(name: str) -> Callable[..., Any]:

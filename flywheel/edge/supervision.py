@@ -23,7 +23,8 @@ class SupervisionSettings(Section):
 
     start_s: Seconds = 180.0  # the first start compiles the control law
     beat_s: Seconds = 2.0  # a System whose heartbeat stands still for this long is killed
-    aside_beat_s: Seconds = 10.0  # the same for the recorder, which waits for a slow disk now and then
+    # The same for the recorder: the rings must still hold what it has not taken when the next one starts.
+    aside_beat_s: Seconds = 5.0
     backoff_first_s: Seconds = 0.5  # pause before a process is started again; doubled each time …
     backoff_max_s: Seconds = 8.0  # … up to this
     settled_s: Seconds = 30.0  # a process that ran for this long begins with the first pause again

@@ -22,7 +22,7 @@ from flywheel.config import RecorderSettings
 from flywheel.edge import realtime
 from flywheel.edge.faults import rig
 from flywheel.edge.handover import Found, RuntimeRecord, read_record
-from flywheel.edge.link import Reader, Records
+from flywheel.edge.link import Reader, Records, Words
 from flywheel.edge.processes import Plan, Recording, Shared
 from flywheel.edge.runtime import bundle_ref, twin_plan
 from flywheel.edge.safety import ACCELERATION, JERK, LOWER, UPPER, VELOCITY, SafetyLimits
@@ -39,8 +39,10 @@ LOOK_S = 0.02
 class Seen:
     """What one fault did to System 1. Ratios are to the robot's limits; times in the unit that they name.
 
-    ``rest_s`` from the fault to the reference at rest (None: it kept moving), ``bound_s`` what the ladder
-    allows for it; ``worst_mode`` the furthest step down; ``said`` what the runtime reported.
+    ``rest_s`` is from the fault to the reference at rest (None: it kept moving), ``bound_s`` what it may be
+    (0: it must keep moving; None: the fault has no single moment). ``ladder_s`` is from the tick that could
+    not follow any more to rest, the longest of them, ``ladder_bound_s`` the ladder's own bound for that.
+    ``worst_mode`` is the furthest step down; ``said`` what the runtime reported.
     """
 
     name: str
@@ -51,7 +53,9 @@ class Seen:
     velocity: float
     range_rad: float  # beyond the position range; 0 within
     rest_s: float | None
-    bound_s: float
+    bound_s: float | None
+    ladder_s: float
+    ladder_bound_s: float
     worst_mode: str
     moving_again: bool
     said: tuple[str, ...]
@@ -228,13 +232,13 @@ class Scene:
         name: str,
         fault: Callable[[], object],
         until: Callable[[list[tuple[str, dict[str, Any]]]], bool],
-        bound_s: float = 0.0,
+        bound_s: float | None = 0.0,
         seconds: float = 60.0,
     ) -> Seen:
         """Do ``fault`` while the robot is in motion, wait for ``until`` (given the reports so far) and for
         motion again, and say what it did to System 1. ``bound_s``: if the ladder is taken, within what time
-        after the fault the robot must be at rest; 0: it must keep moving."""
-        if not self.wait(self.following, 30.0, still=True):
+        after the fault the robot must be at rest; 0: it must keep moving; None: see ``Seen``."""
+        if not self.wait(self.following, 60.0, still=True):
             raise ServiceError(
                 f"{name}: the robot does not move; mode {Mode(int(self.last['mode'][0])).name}"
             )
@@ -265,7 +269,7 @@ class Scene:
         said: list[tuple[str, dict[str, Any]]],
         met: bool,
         again: bool,
-        bound_s: float,
+        bound_s: float | None,
     ) -> Seen:
         batch = trace.poll()
         rows = np.concatenate(parts)
@@ -276,10 +280,12 @@ class Scene:
         outside = np.maximum(table[LOWER] - position, position - table[UPPER]).max()
         still = ~(np.any(velocity, axis=1) | np.any(acceleration, axis=1))
         rest_s = float(t[np.argmax(still)] - start_ns) * 1e-9 if still.any() else None
+        ladder_s = _longest_descent(rows["t_ns"], rows["mode"], t[still])
+        ladder_bound_s = self.ladder.carry_on_s + self.ladder.ramp_s
         deadlines = rows["t_ns"] - rows["late_ns"]
         period = round(1e9 * self._dt)
         misses = int((np.diff(deadlines) // period - 1).sum() + (rows["late_ns"] >= period).sum())
-        in_time = rest_s is None or rest_s <= bound_s
+        in_time = (rest_s is None or bound_s is None or rest_s <= bound_s) and ladder_s <= ladder_bound_s
         return Seen(
             name=name,
             late_max_us=float(rows["late_ns"].max()) * 1e-3,
@@ -290,11 +296,29 @@ class Scene:
             range_rad=max(float(outside), 0.0),
             rest_s=rest_s,
             bound_s=bound_s,
+            ladder_s=ladder_s,
+            ladder_bound_s=ladder_bound_s,
             worst_mode=Mode(int(rows["mode"].max())).name.lower(),
             moving_again=again,
             said=tuple(_short(n, d) for n, d in said),
             as_expected=met and again and in_time and not batch.missed,
         )
+
+
+def _longest_descent(t: Words, mode: Words, at_rest: Words) -> float:
+    """From a tick that left FOLLOW to the first one at rest, s; a descent that found its way back counts 0.
+    One that ended in neither is infinite."""
+    followed = mode == Mode.FOLLOW
+    longest = 0.0
+    for k in np.flatnonzero(followed[:-1] & ~followed[1:]) + 1:
+        back = t[k:][followed[k:]]
+        until = back[0] if len(back) else np.iinfo(np.int64).max
+        rested = at_rest[at_rest >= t[k]]
+        if len(rested) and rested[0] < until:
+            longest = max(longest, float(rested[0] - t[k]) * 1e-9)
+        elif not len(back):
+            longest = float("inf")
+    return longest
 
 
 def _short(name: str, detail: dict[str, Any]) -> str:
