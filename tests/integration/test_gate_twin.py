@@ -16,6 +16,7 @@ from flywheel.edge.safety import SafetyLimits
 from flywheel.errors import BundleError, ConfigError
 from flywheel.evaluate import Evaluator, Job, Scenario, evaluate, paired
 from flywheel.gate import gate, required_checks
+from flywheel.gate.task import TRACKING_SPREAD
 from flywheel.robot.twin import LIMITS_FILE
 from flywheel.schema import Bundle, GateReport, Verdict, bundle_digest
 from flywheel.twin.sampling import ACTION_NAMES, STATE_NAMES
@@ -141,7 +142,8 @@ def test_the_gate_runs_everything_and_does_not_promote_what_lifts_nothing(
     assert report.verdict is not Verdict.PROMOTE
     checks = {c.name: c for c in report.checks}
     assert set(checks) == set(required_checks("factory"))
-    assert all(c.n > 0 and c.value is not None for c in checks.values()), "every check must have its evidence"
+    without = {name for name, c in checks.items() if c.n == 0 or c.value is None}
+    assert without == {TRACKING_SPREAD}, "every check must have its evidence, and six pairs show no spread"
     assert checks["success in factory"].verdict is Verdict.HOLD
     assert checks["invalid output"].verdict is Verdict.PROMOTE
     assert checks["bundle"].verdict is Verdict.PROMOTE
