@@ -1,7 +1,7 @@
 # Every target sets up first, which takes minutes once and nothing after that. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench mutants lock clean distclean
+.PHONY: help setup demo test soak check bench mutants lock clean distclean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -16,8 +16,11 @@ setup: ## .venv with the pinned packages, system packages where that is allowed
 demo: setup ## the whole wheel, once: robots fail, learn, and get the better policy
 	@$(BIN)/flywheel demo
 
-test: setup ## all tests, unit and integration
+test: setup ## all tests, unit and integration, but for the soak tests
 	@$(BIN)/pytest
+
+soak: setup ## the long tests: bad policies in the gate, a recorder under many kills
+	@$(BIN)/pytest -m soak
 
 check: setup ## lint, format, types, rules of dependency
 	@$(BIN)/ruff check .

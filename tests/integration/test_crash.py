@@ -13,7 +13,7 @@ import pytest
 
 from flywheel.store import EmbeddedStore
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.soak]
 ROOT = Path(__file__).parents[2]
 
 # A process of its own: it forks, and must have no threads.

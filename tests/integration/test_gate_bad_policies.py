@@ -21,7 +21,7 @@ from flywheel.gate.judge import Judge
 from flywheel.gate.task import LAB
 from flywheel.schema import BUNDLE_FILES, Check, Verdict, bundle_digest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.soak]
 
 BASE = Path(__file__).parents[2] / "models" / "base" / "bundle"
 SETTINGS = GateSettings(
