@@ -171,8 +171,10 @@ def excursion(v: float, a: float, most_a: float, most_j: float) -> float:
             return 0.0
     rest = v * a / most_j + a * a * a / (3.0 * most_j * most_j)
     if top * most_j <= most_a * most_a:
-        return rest + top * sqrt(top / most_j)
-    return rest + 0.5 * top * (top / most_a + most_a / most_j)
+        rise = rest + top * sqrt(top / most_j)
+    else:
+        rise = rest + 0.5 * top * (top / most_a + most_a / most_j)
+    return max(rise, 0.0)  # falling, and turning round below where it is now
 
 
 @compiled
