@@ -1,7 +1,7 @@
 # Every target sets up first, which takes minutes once and nothing after that. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean distclean
+.PHONY: help setup demo test soak check bench mutants lock clean distclean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -16,8 +16,11 @@ setup: ## .venv with the pinned packages, system packages where that is allowed
 demo: setup ## the whole wheel, once: robots fail, learn, and get the better policy
 	@$(BIN)/flywheel demo
 
-test: setup ## all tests, unit and integration
+test: setup ## all tests, unit and integration, but for the soak tests
 	@$(BIN)/pytest
+
+soak: setup ## the long tests: bad policies in the gate, a recorder under many kills
+	@$(BIN)/pytest -m soak
 
 check: setup ## lint, format, types, rules of dependency
 	@$(BIN)/ruff check .
@@ -27,6 +30,9 @@ check: setup ## lint, format, types, rules of dependency
 
 bench: setup ## one benchmark, such as NAME=tracking
 	@$(BIN)/flywheel bench $(NAME)
+
+mutants: setup ## mutation testing of the envelope and the mode machine (half an hour); lists the survivors
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # Pins that still satisfy pyproject.toml are kept; delete a line to have that package looked up anew.
 UV = .venv/lock/bin/uv pip compile pyproject.toml --python-version 3.12 --quiet \

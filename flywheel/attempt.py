@@ -26,7 +26,11 @@ STEP_S = 0.1
 
 @dataclass(frozen=True)
 class AttemptResult:
-    """How an attempt went. ``tracking_*_rad``: reference against joints while powered."""
+    """How an attempt went. ``tracking_*_rad``: reference against joints while powered.
+
+    ``progress``: the furthest that the task stood by the policy's doing, 0 to 1 (see ``Cell.progress``),
+    looked at every 0.1 s.
+    """
 
     outcome: Outcome
     seed: int
@@ -34,6 +38,7 @@ class AttemptResult:
     steps: int
     tracking_rms_rad: float
     tracking_p99_rad: float
+    progress: float
     mode_ticks: dict[str, int] = field(default_factory=dict)
     invalid_chunks: int = 0
     operator_outcome: Outcome | None = None
@@ -60,12 +65,16 @@ class Attempt:
         policy: ActionSource | None = None,
         jpeg_quality: int = 95,
     ) -> None:
+        settings = EdgeSettings() if settings is None else settings
         self.cell = Cell(named_shift(shift))
-        self.robot = TwinRobot(self.cell, ALL_CAMERAS if record else POLICY_CAMERAS)
+        self.robot = TwinRobot(
+            self.cell, ALL_CAMERAS if record else POLICY_CAMERAS, rate_hz=settings.control_hz
+        )
         self.policy: ActionSource = Policy.load(bundle) if policy is None else policy
         self.lockstep = Lockstep(self.robot, self.robot, self.policy, settings, record, jpeg_quality)
         self._operator = operator_takes_over
         self._episode_s = episode_s
+        self._progress = 0.0
 
     @property
     def digest(self) -> str:
@@ -82,10 +91,11 @@ class Attempt:
         loop, cell = self.lockstep, self.cell
         self.robot.reset(seed, target)
         loop.reset()
+        self._progress = 0.0
         about = {"instruction": cell.instruction, "seed": seed, "shift": cell.shift.name}
         loop.events.add(loop.now_ns, "task", "start", about)
         ran = loop.run(self._episode_s, cell.instruction, until=self._ended)
-        outcome = self._outcome(ran)
+        outcome, progress = self._outcome(ran), self._come_so_far()
         loop.events.add(loop.now_ns, "task", "end", {"outcome": outcome.value, "by": "policy"})
         corrected = None
         if self._operator and outcome is not Outcome.SUCCESS and not cell.lost:
@@ -97,6 +107,7 @@ class Attempt:
             steps=ran.ticks,
             tracking_rms_rad=ran.tracking.rms,
             tracking_p99_rad=ran.tracking.p99,
+            progress=progress,
             mode_ticks=ran.modes,
             invalid_chunks=ran.rejected,
             operator_outcome=corrected,
@@ -122,7 +133,12 @@ class Attempt:
 
     def _ended(self) -> bool:
         cell = self.cell
+        self._come_so_far()
         return cell.success or cell.wrong_object or cell.dropped or self.lockstep.system1.mode >= Mode.STOP_1
+
+    def _come_so_far(self) -> float:
+        self._progress = max(self._progress, self.cell.progress)
+        return self._progress
 
     def _outcome(self, ran: LockstepResult) -> Outcome:
         cell = self.cell

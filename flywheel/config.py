@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from flywheel.errors import ConfigError
+from flywheel.schema import TriggerKind
 
 PARAMS_FILE = "params.yaml"
 BUCKET = "flywheel"
@@ -71,8 +72,14 @@ class RecorderSettings(Section):
     max_episode_s: Positive = 30.0  # an episode is sealed at this length at the latest
     tracking_error_rad: Positive = 0.15  # joint error that triggers by itself
     baseline_fraction: Fraction = 0.02  # attempts recorded although nothing failed
+    ood_score: Positive = 3.0  # a policy event "ood_score" above it is out of distribution
+    triggers: tuple[TriggerKind, ...] = tuple(TriggerKind)  # the kinds that record
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
+    jpeg_quality_of: dict[str, Annotated[int, Field(ge=1, le=100)]] = {}  # of cameras that differ
+    memory_mb: Positive = 512.0  # pictures that the recorder holds, beside the rings
     spool_quota_mb: Positive = 2048.0  # disk that the spool may fill
+    metered: bool = False  # the link costs: manifests at once, data by priority or on request
+    metered_priority: Annotated[int, Field(ge=0, le=5)] = 3  # and above: goes over a metered link by itself
 
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
@@ -108,7 +115,7 @@ class ReplaySettings(Section):
 class TrainSettings(Section):
     """Fine-tuning of the current policy."""
 
-    steps: Count = 700
+    steps: Count = 600
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of base data in a batch
@@ -131,11 +138,12 @@ class GateSettings(Section):
     shift: str = "factory"  # where the failures came from
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab
-    looks: Annotated[int, Field(ge=1, le=10)] = 2  # times success is looked at; it may be decided at each
+    look_pairs: Count = 10  # pairs between two looks at success; it may be decided at each look
     max_scenarios: Count = 20  # recorded failures that are replayed, the newest
     seed: Seed = 0  # scenes also depend on the two policies, so that each gate draws fresh ones
     min_lift: Annotated[float, Field(ge=-1, le=1)] = 0.0  # the lift's interval must lie above this
     max_lab_drop: Fraction = 0.05  # success that the lab may lose
+    max_progress_drop: Fraction = 0.05  # mean task progress that the shift and the lab may lose
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # one-sided, of every check
     wall_s: Positive = 3.0  # length of one run on the wall clock
     wall_pairs: Annotated[int, Field(ge=2)] = 16  # most runs of each policy on the wall clock

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from pydantic import Field
@@ -29,7 +29,7 @@ from pydantic import Field
 from flywheel.errors import BundleError, FlywheelError, StageError
 from flywheel.parent import die_with_parent
 from flywheel.schema import BUNDLE_FILES, Outcome, Proportion, Strict, bundle_digest
-from flywheel.stats import paired_difference, percentiles, wilson
+from flywheel.stats import paired_difference, percentiles, proven_reliability, trials_left, wilson
 
 if TYPE_CHECKING:
     from flywheel.attempt import AttemptResult
@@ -73,6 +73,7 @@ class Attempted(Strict):
     tracking_rms_rad: float | None
     tracking_p99_rad: float | None
     invalid_chunks: int
+    progress: Annotated[float, Field(ge=0, le=1)] | None = None  # furthest that the task stood; 1 is success
     mode_ticks: dict[str, int] = Field(default_factory=dict)
 
     @property
@@ -89,6 +90,9 @@ class EvalResult(Strict):
     shift: str
     seed: int
     success: Proportion  # 95 % Wilson interval
+    proven: float  # one-sided 95 % lower limit of the success rate, exact
+    trials_left: int  # further successes that would prove 99.9 % at 95 %
+    progress: float | None  # mean over all attempts of the furthest that the task stood, 0 to 1
     failures: dict[str, int]  # reason -> attempts, most frequent first
     steps: dict[str, float]  # mean, p50, max per attempt
     duration_s: float | None  # mean over successful attempts; None without one
@@ -207,6 +211,7 @@ def summarise(bundle: Path, digest: str, shift: str, seed: int, attempts: Sequen
     squares = [(a.tracking_rms_rad**2, a.steps) for a in attempts if a.tracking_rms_rad is not None]
     weight = sum(n for _, n in squares)
     p99 = [a.tracking_p99_rad for a in attempts if a.tracking_p99_rad is not None]
+    progress = [a.progress for a in attempts if a.progress is not None]
     times = [a.duration_s for a in attempts if a.success and a.duration_s is not None]
     modes: dict[str, int] = {}
     for a in attempts:
@@ -217,7 +222,10 @@ def summarise(bundle: Path, digest: str, shift: str, seed: int, attempts: Sequen
         digest=digest,
         shift=shift,
         seed=seed,
-        success=wilson(sum(a.success for a in attempts), len(attempts)),
+        success=wilson(len(attempts) - len(failed), len(attempts)),
+        proven=proven_reliability(len(failed), len(attempts)),
+        trials_left=trials_left(len(failed), len(attempts)),
+        progress=sum(progress) / len(progress) if len(progress) == len(attempts) else None,
         failures={r: failed.count(r) for r in sorted(set(failed), key=lambda r: (-failed.count(r), r))},
         steps={"mean": float(steps.mean()), "p50": percentiles(steps).p50, "max": float(steps.max())},
         duration_s=sum(times) / len(times) if times else None,
@@ -373,6 +381,7 @@ def _attempted(runner: Runner, job: Job) -> Attempted:
         tracking_rms_rad=_finite(r.tracking_rms_rad),
         tracking_p99_rad=_finite(r.tracking_p99_rad),
         invalid_chunks=int(r.invalid_chunks),
+        progress=_finite(r.progress),
         mode_ticks=dict(r.mode_ticks),
     )
 

@@ -103,7 +103,7 @@ class SimulatedRobot:
         )
         self._seeds = np.random.default_rng([settings.twin.seed, number, time.time_ns()])
         quota = round(settings.recorder.spool_quota_mb * 1e6)
-        self._spool = Spool(root / "spool", store, quota)
+        self._spool = Spool(root / "spool", store, quota, robot=robot)
         loop = self._attempt.lockstep
         self._recorder = Recorder(
             loop.rings,
@@ -144,6 +144,8 @@ class SimulatedRobot:
         polled = self._updater.poll(self._warm_up)
         if polled.action in (Action.SWAPPED, Action.FELL_BACK):
             self._flush()
+        if polled.action is not Action.OFFLINE:
+            self._recorder.set_campaigns(self._updater.campaigns(), time.time_ns())
         self._compare(self._updater.shadow())
         policy: ActionSource = self._shadow or self._active()
         if policy is not self._attempt.policy:
@@ -240,6 +242,8 @@ class SimulatedRobot:
     def upload(self) -> int:
         """Send what the spool holds; how many episodes still wait."""
         done = self._spool.upload_once(time.monotonic_ns())
+        if self._spool.requests is not None:
+            self._spool.requests.serve(self._recorder)
         self.counts["uploaded"] += len(done.uploaded)
         return done.waiting
 
@@ -250,6 +254,7 @@ class SimulatedRobot:
             episodes=self.counts["attempts"],
             successes=self.counts[Outcome.SUCCESS.value],
             spool_pending=len(self._spool.pending()),
+            campaigns=self._recorder.campaigns(),
         )
 
     def finish(self) -> None:

@@ -78,6 +78,8 @@ class Limit(IntFlag):
     TRACKING_ERROR = 128
     PROTECTIVE_STOP = 256
     JERK = 512
+    SEPARATION = 1024
+    CONTACT = 2048
 
 
 class TriggerKind(StrEnum):
@@ -90,6 +92,15 @@ class TriggerKind(StrEnum):
     TRACKING_ERROR = "tracking_error"
     INTERVENTION = "intervention"
     BASELINE = "baseline"
+    GRASP_LOST = "grasp_lost"
+    OPERATOR_SUCCESS = "operator_success"  # a key that the operator pressed
+    OPERATOR_FAILURE = "operator_failure"
+    POLICY_INVALID = "policy_invalid"  # System 2 made a chunk that was not fit to be followed
+    POLICY_LATE = "policy_late"  # System 1 had no fresh chunk to follow
+    OUT_OF_DISTRIBUTION = "out_of_distribution"
+    PLANT_SIGNAL = "plant_signal"
+    CAMPAIGN = "campaign"  # the condition of a signed campaign was met
+    REQUEST = "request"  # somebody asked for this window
 
 
 class Outcome(StrEnum):
@@ -181,7 +192,7 @@ class Manifest(Strict):
     site: str = Field(pattern=ROBOT_NAME)
     robot: str = Field(pattern=ROBOT_NAME)
     joints: int = Field(ge=1, le=64)
-    cameras: tuple[str, ...]
+    cameras: tuple[Annotated[str, Field(pattern=ROBOT_NAME)], ...]
     state_dim: int = Field(ge=1, le=1024)
     action_dim: int = Field(ge=1, le=1024)
     chunk: int = Field(ge=1, le=1024)
@@ -329,6 +340,7 @@ class RobotReport(Strict):
     confirmed: bool = True  # False while the loaded policy is on trial
     refused_digest: str = ""  # the last release that this robot tried and gave back, and why
     refused_reason: str = ""
+    campaigns: dict[str, int] = {}  # that this robot runs: how often their condition was met
 
 
 ROLLOUT_ID = r"^[0-9a-f]{12}-[0-9a-f]{12}$"

@@ -35,8 +35,9 @@ from flywheel.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from flywheel.multipart import PART_BYTES, THRESHOLD_BYTES, put_parts
 from flywheel.refusals import failure, refusal, status_of
-from flywheel.schema import Strict
+from flywheel.schema import Strict, sha256_file
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -141,6 +142,17 @@ class Store:
         The server verifies the MD5 that is sent along, so what is acknowledged is what was read here.
         """
         return self._put(key, data, sha256, {})
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """``put`` of a file whose sha256 is known: a large one in parts, which a later call goes on with."""
+        if path.stat().st_size <= THRESHOLD_BYTES:
+            self.put(key, path, sha256)
+            return
+        full = self._key(key)
+        if (found := sha256_file(path)) != sha256:
+            raise IntegrityError(f"{key}: not uploaded: data have sha256 {found}, expected {sha256}")
+        with self._errors("PUT", key):
+            put_parts(self._client, self.bucket, full, path, sha256, PART_BYTES)
 
     def create(self, key: str, data: bytes | Path, sha256: str | None = None) -> str:
         """``put`` that raises ``Conflict`` if the key exists: of many racing writers one wins."""

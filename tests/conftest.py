@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import hypothesis
@@ -26,6 +27,9 @@ os.environ.update(
         "OMP_WAIT_POLICY": "PASSIVE",
     }
 )
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine stalls for longer than any deadline that would mean something; the suite has its own bound.
 hypothesis.settings.register_profile("flywheel", deadline=None)

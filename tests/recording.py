@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flywheel.config import RecorderSettings
+from flywheel.edge.images import FrameRing
 from flywheel.edge.link import Ring
 from flywheel.edge.recorder import Identity, Recorder
 from flywheel.edge.rows import EventLog, Rings, control_dtype, event_dtype, frame_dtype
@@ -43,7 +44,9 @@ class Stage:
     ) -> None:
         frame = frame_dtype(dict.fromkeys(CAMERAS, (64, 64)), STATE, CHUNK, ACTION)
         self.rings = Rings(
-            Ring(control_dtype(JOINTS), control_rows), Ring(frame, 64), Ring(event_dtype(), 64)
+            Ring(control_dtype(JOINTS), control_rows),
+            FrameRing(frame, 64, 1 << 20),
+            Ring(event_dtype(), 64),
         )
         self.recorder = Recorder(self.rings, settings, directory, identity, **{"seed": 0, **options})
         self.events = EventLog(self.rings.events)
@@ -55,8 +58,6 @@ class Stage:
         self.sealed: list[Manifest] = []
         self._control = self.rings.control.record()
         self._frame = self.rings.frames.record()
-        for c, picture in PICTURES.items():
-            self._frame[f"image.{c}"][0, : len(picture)] = np.frombuffer(picture, np.uint8)
         self._frame["instruction"] = b"pick the red box"
         self._frame["policy_digest"] = DIGEST.encode()
 
@@ -99,6 +100,4 @@ class Stage:
         row = self._frame
         row["t_ns"] = t
         row["intervention"] = self.operator
-        for c, picture in PICTURES.items():
-            row[f"size.{c}"] = 0 if self.blind else len(picture)
-        self.rings.frames.push(row)
+        self.rings.frames.push_frame(row, dict.fromkeys(PICTURES, b"") if self.blind else PICTURES)

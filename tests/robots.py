@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -64,6 +64,7 @@ class Tiny:
 
     name = "tiny"
     joints = JOINTS
+    takes: Literal["torque", "position"] = "torque"
     cameras: tuple[str, ...] = ("eye",)
 
     def __init__(self, brightness: int = 128, dt: float = 1e-3) -> None:

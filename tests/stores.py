@@ -31,6 +31,9 @@ class MemoryStore:
             raise IntegrityError(f"{key}: not uploaded: data differ")
         return self._write("put", key, body)
 
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        self.put(key, path, sha256)
+
     def create(self, key: str, data: bytes | Path, sha256: str | None = None) -> str:
         return self._write("create", key, data if isinstance(data, bytes) else data.read_bytes())
 

@@ -70,3 +70,20 @@ def test_verify_names_the_truncated_file_and_leaves_it_there(tmp_path: Path) -> 
 def test_verify_prints_json(tmp_path: Path) -> None:
     done = flywheel("episodes", "verify", str(sealed(tmp_path)), "--json")
     assert json.loads(done.stdout) == []
+
+
+def test_an_unknown_benchmark_lists_the_known_ones() -> None:
+    refused(flywheel("bench", "speed"), "speed", "tracking", "faults")
+
+
+def test_a_robot_needs_exactly_one_source_of_policies(tmp_path: Path) -> None:
+    refused(flywheel("edge", "run"), "--policy", "--policies", "--trust")
+    refused(flywheel("edge", "run", "--policy", "x", "--upload"), "--upload", "--record")
+    nowhere = str(tmp_path / "root.json")
+    refused(flywheel("edge", "run", "--policies", str(tmp_path / "p"), "--trust", nowhere), nowhere)
+
+
+def test_the_unit_of_a_robot_is_printed(tmp_path: Path) -> None:
+    done = flywheel("edge", "unit", "--policy", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"--policy {tmp_path} " in done.stdout

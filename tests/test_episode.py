@@ -56,7 +56,8 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 def rewrite(directory: Path, name: str, table: pa.Table, honest: bool = True) -> None:
     """Replace a file; an honest forger mends the manifest too, so that only the content can tell."""
-    pq.write_table(table, directory / name, write_page_checksum=True)
+    options: Any = {"compression": "none", "use_dictionary": False}  # as far as it matters, as sealed
+    pq.write_table(table, directory / name, write_page_checksum=True, **options)
     if honest:
         data = (directory / name).read_bytes()
 
@@ -211,7 +212,7 @@ def test_tables_that_do_not_fit_the_manifest_cannot_be_sealed(tmp_path: Path) ->
 def test_a_truncated_file(episode: Path, name: str) -> None:
     path = episode / name
     path.write_bytes(path.read_bytes()[:-200])
-    assert reasons(episode) == [Reason.SHA256, Reason.CORRUPT]
+    assert reasons(episode) == [Reason.SHA256]
     with pytest.raises(EpisodeError, match=rf"{name}: truncated or corrupt"):
         read(episode)
 
@@ -273,7 +274,7 @@ def test_a_number_that_is_none_is_found_by_column_and_row(
 def test_rows_added_to_a_file(episode: Path) -> None:
     table = pq.read_table(episode / schema.CONTROL_FILE)
     rewrite(episode, schema.CONTROL_FILE, pa.concat_tables([table, table]), honest=False)
-    assert reasons(episode) == [Reason.SHA256, Reason.ROWS]
+    assert reasons(episode) == [Reason.SHA256]
     with pytest.raises(EpisodeError, match="2000 rows, but the manifest says 1000"):
         read(episode)
 
@@ -302,7 +303,7 @@ def test_an_extra_file_and_a_directory_in_place_of_one(episode: Path) -> None:
     assert reasons(episode) == [Reason.EXTRA_FILE]
     (episode / schema.CONTROL_FILE).unlink()
     (episode / schema.CONTROL_FILE).mkdir()
-    assert Reason.MISSING_FILE in reasons(episode)
+    assert Reason.NOT_A_FILE in reasons(episode)
 
 
 def test_other_columns_and_nulls(episode: Path) -> None:

@@ -51,6 +51,7 @@ class Fake:
         return SimpleNamespace(
             outcome=Outcome.SUCCESS if won else (Outcome.TIMEOUT if seed % 2 else Outcome.DROPPED),
             seed=seed, duration_s=2.0 if won else 8.0, steps=20 if won else 80,
+            progress=1.0 if won else 0.25,
             tracking_rms_rad=nan if self.shift == "nan" else 0.01, tracking_p99_rad=0.03,
             mode_ticks={"follow": 100, "ramp": 2},
             invalid_chunks=int(os.environ["OMP_NUM_THREADS"]) - 1,

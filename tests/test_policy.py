@@ -221,3 +221,33 @@ def test_kinematics_that_flip_or_fail_are_caught() -> None:
     assert "out of reach" in str(waypoints(np.zeros((4, 2)), np.full(4, math.inf)))
     assert "need [steps, 2]" in str(waypoints(np.zeros((4, 3))))
     assert "need [steps, 2]" in str(waypoints(np.zeros((4, 2)), np.zeros(3)))
+
+
+# ── real-time chunking ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_pads_a_previous_chunk_is_no_guidance(base: Policy) -> None:
+    """Where a weight is zero, nothing of the previous chunk reaches the actions, whatever stands there.
+
+    Elsewhere the padding was guided towards, and zeros decode to the mean action of the data set.
+    """
+    b = base.bundle
+    images: dict[str, Image] = {c: np.full((*b.image_hw, 3), 90, np.uint8) for c in b.cameras}
+    state = np.array([0.4, 0.0, 0.3, 0.0], np.float32)
+    free = base.infer(images, state, "pick the red box and place it in the bin")
+    prev = np.zeros((1, b.chunk, b.max_action_dim), np.float32)
+    weights = np.zeros(b.chunk, np.float32)
+    again = base.infer(images, state, "pick the red box and place it in the bin", prev, weights)
+    np.testing.assert_array_equal(again.actions, free.actions)
+    weights[:3] = 1.0
+    prev[0, :3] = free.actions_norm[0, :3]
+    guided = [
+        base.infer(images, state, "pick the red box and place it in the bin", p, weights).actions
+        for p in (prev, np.where(np.arange(b.chunk)[None, :, None] < 3, prev, 7.0).astype(np.float32))
+    ]
+    np.testing.assert_array_equal(guided[0], guided[1])
+
+
+@pytest.fixture(scope="module")
+def base() -> Policy:
+    return Policy.load(Path(__file__).parents[1] / "models" / "base" / "bundle")

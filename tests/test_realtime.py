@@ -153,13 +153,15 @@ def test_what_is_refused_is_reported_with_its_remedy(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.sched_setscheduler", refuse)
     monkeypatch.setattr("os.sched_setaffinity", refuse)
     monkeypatch.setattr(realtime, "lock_memory", refuse)
+    monkeypatch.setattr(realtime, "stay_awake", refuse)
     monkeypatch.setattr("gc.freeze", lambda: None)
     monkeypatch.setattr("gc.disable", lambda: None)
     got = realtime.claim(50, 0)
-    assert (got.fifo, got.locked, got.pinned) == (False, False, False)
+    assert (got.fifo, got.locked, got.awake, got.pinned) == (False, False, False, False)
     assert "LimitRTPRIO" in got.reasons[0]
     assert "LimitMEMLOCK" in got.reasons[1]
-    assert got.reasons[2] == "core 0: Operation not permitted"
+    assert "/dev/cpu_dma_latency: Operation not permitted" in got.reasons[2]
+    assert got.reasons[3] == "core 0: Operation not permitted"
 
 
 def test_events_too_long_for_a_row_stay_valid() -> None:

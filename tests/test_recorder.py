@@ -499,7 +499,7 @@ def test_a_disk_that_stays_full_costs_the_least_important_episodes_first(tmp_pat
         stage.say("trigger", "safety_stop" if i < 2 else "baseline")
     stage.finish()
     assert stage.recorder.status.abandoned == 2
-    assert [r.draft.seed for r in stage.recorder._ready][:2] == [0, 1]
+    assert [r.draft.seed for r in stage.recorder._sealer.ready][:2] == [0, 1]
 
 
 def run_lockstep(root: Path, bundle: Path, seed: int) -> list[Manifest]:

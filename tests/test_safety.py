@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,13 @@ from flywheel.edge.safety import (
     NO_STOP,
     SafetyLimits,
     admit_waypoints,
+    check_speed,
     check_state,
     check_tool,
     check_tracking,
     clamp_torque,
+    speed_allowed,
+    speed_scale,
     stop_category,
 )
 from flywheel.errors import ConfigError
@@ -34,9 +41,27 @@ from flywheel.schema import Limit
 from tests import robots
 from tests.robots import JOINTS, LIMITS
 
+ROOT = Path(__file__).parents[1]
 TWIN = Path(safety.__file__).parents[1] / "twin" / "limits.yaml"
 BOX = {"clause": "test clause", "lower": [-1.0, -1.0, 0.0], "upper": [1.0, 1.0, 2.0]}
-FULL = robots.limits(tool_speed={"clause": "test clause", "max": 1.5}, workspace=BOX)
+SPEED = {"clause": "test clause", "max": 1.5}
+# Round numbers: T_r + T_s = 0.5 s, so that a person needs 1.6 · 0.5 + 0.2 = 1 m and 0.5 s of the tool's way.
+NEAR_BY = {
+    "clause": "test clause", "human_speed_m_s": 1.6, "reaction_s": 0.1, "stopping_s": 0.4,
+    "intrusion_m": 0.1, "sensor_m": 0.06, "robot_m": 0.04,
+}  # fmt: skip
+# m_R = 8/2 + 1 = 5 kg. Hand: 1/mu = 1/0.6 + 1/5, F = 100 N; arm: F = 200 N/cm2 · 0.5 cm2 = 100 N as well.
+TOUCH: dict[str, Any] = {
+    "clause": "test clause", "moving_mass_kg": 8.0, "payload_kg": 1.0, "area_cm2": 0.5,
+    "regions": [
+        {"name": "hand", "force_n": 100.0, "pressure_n_cm2": 900.0, "stiffness_n_m": 75e3, "mass_kg": 0.6},
+        {"name": "arm", "force_n": 300.0, "pressure_n_cm2": 200.0, "stiffness_n_m": 30e3, "mass_kg": 3.0},
+    ],
+}  # fmt: skip
+FULL = robots.limits(tool_speed=SPEED, workspace=BOX)
+SHARED = robots.limits(tool_speed=SPEED, separation=NEAR_BY, contact=TOUCH).scalars()
+APART = robots.limits(tool_speed=SPEED, separation=NEAR_BY).scalars()
+CONTACT = robots.limits(tool_speed=SPEED, contact=TOUCH).scalars()
 TABLE, SCALARS = FULL.table(), FULL.scalars()
 EDGES = sorted(
     {float(x) for x in TABLE.flat}
@@ -59,16 +84,16 @@ def vectors(n: int = JOINTS) -> st.SearchStrategy[FloatArray]:
     return st.lists(numbers(), min_size=n, max_size=n).map(lambda v: np.array(v, np.float64))
 
 
-def both(fn: Any, *args: Any) -> int:
+def both(fn: Any, *args: Any) -> Any:
     """The compiled answer; the plain function must agree, and leave the same in its arguments."""
     mine = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
     theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
-    with np.errstate(all="ignore"):
-        compiled, plain = fn(*mine), fn.py_func(*theirs)
+    with np.errstate(all="ignore"):  # without compilation (coverage, mutants) there is only the plain one
+        compiled, plain = fn(*mine), getattr(fn, "py_func", fn)(*theirs)
     assert compiled == plain
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
-    return int(compiled)
+    return compiled
 
 
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────
@@ -107,6 +132,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("ladder", LIMITS["ladder"] | {"ramp_s": 0.0}, "ladder.ramp_s = 0.0"),
     ("ladder", LIMITS["ladder"] | {"hold": 1.0}, "ladder.hold"),
     ("workspace", BOX | {"upper": [1.0, -1.0, 2.0]}, r"workspace.lower\[1\]"),
+    ("separation", NEAR_BY | {"reaction_s": 0.0}, "separation.reaction_s = 0.0"),
+    ("separation", NEAR_BY | {"intrusion_m": -0.1}, "separation.intrusion_m = -0.1"),
+    ("separation", {k: v for k, v in NEAR_BY.items() if k != "clause"}, "separation.clause"),
+    ("separation", NEAR_BY, "separation limits the tool's speed: it needs tool_speed"),
+    ("contact", TOUCH, "contact limits the tool's speed: it needs tool_speed"),
+    ("contact", TOUCH | {"regions": []}, "contact.regions"),
+    ("contact", TOUCH | {"regions": [TOUCH["regions"][0] | {"mass_kg": 0}]}, "contact.regions.0.mass_kg"),
     ("schema_version", 2, "schema_version = 2"),
     ("joints", [], "joints"),
 ]
@@ -149,7 +181,9 @@ def test_limits_made_in_code_are_hashed_by_their_content() -> None:
 
 def test_absent_tool_limits_are_infinite() -> None:
     s = robots.limits().scalars()
-    assert np.isinf(s[safety.TOOL_SPEED :]).all()
+    assert np.isinf(s[safety.TOOL_SPEED : safety.TO_REST]).all()
+    assert s[safety.TO_REST] == 0.0
+    assert s[safety.CONTACT_SPEED] == math.inf
     assert s[safety.WORKSPACE_LOWER] < 0 < s[safety.WORKSPACE_UPPER]
 
 
@@ -190,6 +224,80 @@ def test_a_tool_that_is_not_reported_breaks_no_limit() -> None:
     assert both(check_tool, np.full(4, np.nan), SCALARS) == 0
 
 
+def test_the_contact_speed_is_that_of_the_two_body_model_for_the_most_sensitive_region() -> None:
+    """At v the energy of the impact is what the spring takes up at the permissible force."""
+    speeds = []
+    for r in TOUCH["regions"]:
+        mu = r["mass_kg"] * 5.0 / (r["mass_kg"] + 5.0)
+        v = 100.0 / math.sqrt(mu * r["stiffness_n_m"])
+        assert 0.5 * mu * v**2 == pytest.approx(100.0**2 / (2 * r["stiffness_n_m"]))
+        speeds.append(v)
+    assert CONTACT[safety.CONTACT_SPEED] == pytest.approx(min(speeds))
+    assert speeds[0] == pytest.approx(0.4989, abs=1e-4)
+    lighter = robots.limits(tool_speed=SPEED, contact=TOUCH | {"payload_kg": 0.0}).scalars()
+    assert lighter[safety.CONTACT_SPEED] > CONTACT[safety.CONTACT_SPEED]
+
+
+def test_the_separation_distance_is_formula_1_of_the_technical_specification() -> None:
+    assert APART[safety.TO_REST] == pytest.approx(0.5)
+    assert APART[safety.KEEP_AWAY] == pytest.approx(1.6 * 0.5 + 0.1 + 0.06 + 0.04)
+    tool = np.array([0.0, 0.0, 0.0, 0.8])
+    needed = float(APART[safety.KEEP_AWAY] + 0.8 * APART[safety.TO_REST])
+    assert both(check_speed, tool, needed, APART) == 0
+    assert both(check_speed, tool, math.nextafter(needed, 0.0), APART) == Limit.SEPARATION
+    assert both(speed_allowed, needed, APART) == pytest.approx(0.8)
+
+
+@given(numbers(), numbers(), st.sampled_from(["none", "apart", "contact", "shared"]))
+@example(math.nan, math.nan, "shared")
+@example(math.nan, 0.0, "contact")
+@example(math.inf, 1.5, "apart")
+@example(1.0, 0.0, "apart")
+@example(-math.inf, -math.inf, "shared")
+@settings(max_examples=250, deadline=None)
+def test_a_speed_is_a_stop_unless_a_person_is_surely_safe(speed: float, human: float, which: str) -> None:
+    s = {"none": SCALARS, "apart": APART, "contact": CONTACT, "shared": SHARED}[which]
+    flags = both(check_speed, np.array([0.0, 0.0, 0.0, speed]), human, s)
+    v = 1.5 if math.isnan(speed) else speed  # not reported: as fast as the tool may be
+    wanted = 0
+    if which in ("contact", "shared") and v > s[safety.CONTACT_SPEED]:
+        wanted |= Limit.CONTACT
+    if which in ("apart", "shared") and not human >= s[safety.KEEP_AWAY] + v * s[safety.TO_REST]:
+        wanted |= Limit.SEPARATION
+    assert flags == wanted
+
+
+@given(numbers(), st.sampled_from(["none", "apart", "contact", "shared"]))
+@example(math.nan, "apart")
+@example(math.inf, "apart")
+@example(1.0, "apart")
+@settings(max_examples=250, deadline=None)
+def test_the_speed_that_is_allowed_breaks_no_limit_and_slows_the_joints(human: float, which: str) -> None:
+    s = {"none": SCALARS, "apart": APART, "contact": CONTACT, "shared": SHARED}[which]
+    allowed = both(speed_allowed, human, s)
+    assert allowed >= 0.0
+    if which == "none":
+        assert allowed == math.inf
+    if which == "contact":
+        assert allowed == s[safety.CONTACT_SPEED]
+    if which == "apart" and human == math.inf:
+        assert allowed == math.inf
+    if which in ("apart", "shared") and not human > s[safety.KEEP_AWAY]:
+        assert allowed == 0.0  # and any speed at all is a stop
+    scale = both(speed_scale, allowed, s)
+    assert 0.0 <= scale <= 1.0
+    assert scale == (1.0 if allowed >= 1.5 else pytest.approx(safety.SLOWER * allowed / 1.5))
+    tool = np.array([0.0, 0.0, 0.0, min(scale * 1.5, allowed)])
+    if allowed > 0.0 or which in ("none", "contact"):
+        assert check_speed(tool, human, s) == 0
+
+
+@pytest.mark.parametrize("allowed", [math.nan, -1.0, -math.inf])
+def test_no_allowed_speed_can_turn_the_joints_round(allowed: float) -> None:
+    assert both(speed_scale, allowed, APART) in (0.0, 1.0)
+    assert both(speed_scale, -1.0, APART) == 0.0
+
+
 @given(vectors(), vectors())
 @settings(max_examples=120, deadline=None)
 def test_check_tracking_stops_on_any_error_that_is_not_surely_small(q: FloatArray, ref: FloatArray) -> None:
@@ -197,13 +305,13 @@ def test_check_tracking_stops_on_any_error_that_is_not_surely_small(q: FloatArra
     assert both(check_tracking, q, ref, SCALARS) == (0 if small else Limit.TRACKING_ERROR)
 
 
-@given(st.integers(0, 2**10 - 1), st.sampled_from([CATEGORY_1, CATEGORY_2]))
+@given(st.integers(0, 2**12 - 1), st.sampled_from([CATEGORY_1, CATEGORY_2]))
 @settings(deadline=None)
 def test_the_most_severe_broken_limit_decides_the_stop(flags: int, protective: int) -> None:
     stop = both(stop_category, flags, protective)
     controlled = Limit.POSITION | Limit.VELOCITY | Limit.TOOL_SPEED | Limit.WORKSPACE | Limit.TRACKING_ERROR
     wanted = NO_STOP
-    if flags & Limit.PROTECTIVE_STOP:
+    if flags & (Limit.PROTECTIVE_STOP | Limit.SEPARATION | Limit.CONTACT):
         wanted = protective
     if flags & controlled:
         wanted = CATEGORY_1
@@ -248,3 +356,19 @@ def test_waypoints_are_in_range_and_finite_or_refused(
     else:
         assert -flags in ({Limit.NOT_FINITE} if odd else set()) | ({Limit.POSITION} if beyond else set())
     np.testing.assert_array_equal(q[steps:], before[steps:])
+
+
+@pytest.mark.slow
+def test_every_branch_of_the_envelope_and_the_mode_machine_is_taken_both_ways() -> None:
+    """In a process without compilation, so that it is the functions themselves that are measured."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.branches", "-p", "no:cacheprovider",
+            "tests/test_safety.py", "tests/test_mode.py", "-k", "not every_branch",
+        ],
+        cwd=ROOT, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    counted = re.findall(r"(\w+)\.py: (\d+) of (\d+) branch outcomes", done.stdout)
+    assert {name for name, _, _ in counted} == {"safety", "mode"}
+    assert all(a == b and int(b) > 40 for _, a, b in counted)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from flywheel import schema
 from flywheel.edge.recorder import Recorder
-from flywheel.edge.spool import Queue, Spool, priority, run
+from flywheel.edge.rules import priority
+from flywheel.edge.spool import Queue, Spool, run
 from flywheel.episode import ls, new_episode_id, pull, read_manifest, verify
 from flywheel.errors import EpisodeError, IntegrityError, StoreRefused, StoreUnavailable
 from flywheel.schema import Manifest, Trigger, TriggerKind

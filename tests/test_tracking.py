@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import ruckig
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import PchipInterpolator
 
@@ -71,7 +72,7 @@ def drive(wanted: FloatArray, dt: float) -> FloatArray:
 
 @given(
     st.integers(0, 2**32 - 1),
-    st.sampled_from([2.5e-4, 1e-3, 4e-3]),
+    st.sampled_from([2.5e-4, 1e-3, 4e-3, 1e-2]),
     st.sampled_from([1.0, 30.0, 1e6]),
     st.integers(1, 400),
 )
@@ -84,13 +85,13 @@ def test_no_demand_makes_the_reference_exceed_a_limit(seed: int, dt: float, scal
 
 
 @pytest.mark.parametrize("demand", [math.inf, -math.inf, 1e308, -1e308])
-@pytest.mark.parametrize("dt", [2.5e-4, 1e-3, 4e-3])
+@pytest.mark.parametrize("dt", [2.5e-4, 1e-3, 4e-3, 1e-2])
 def test_a_demand_for_ever_ends_at_rest_just_inside_of_the_range(demand: float, dt: float) -> None:
     path = drive(np.full((round(4.0 / dt), JOINTS), demand), dt)
     check_limits(path, dt)
     edge = TABLE[UPPER if demand > 0 else LOWER]
     assert (np.abs(path[-1, POS] - edge) < 0.01).all()
-    assert (np.abs(path[-1, VEL]) < 0.02).all()
+    assert (np.abs(path[-1, VEL]) < max(0.02, 5 * dt)).all()
 
 
 def test_a_demand_that_is_not_a_number_brings_the_arm_to_rest() -> None:
@@ -111,7 +112,7 @@ def test_a_reference_found_out_of_range_comes_back_and_goes_no_further() -> None
     np.testing.assert_allclose(ref[POS], 0.0, atol=1e-3)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3, 1e-2]))
 @settings(max_examples=40, deadline=None)
 def test_a_ramp_from_any_motion_rests_within_its_time_bound(seed: int, dt: float) -> None:
     rng = np.random.default_rng(seed)
@@ -120,13 +121,13 @@ def test_a_ramp_from_any_motion_rests_within_its_time_bound(seed: int, dt: float
     path = [ref.copy()]
     rest = False
     while not rest:
-        rest = coast(ref, np.zeros(JOINTS), dt, GAINS, TABLE)
+        rest = coast(ref, np.zeros(JOINTS), dt, TABLE)
         path.append(ref.copy())
         assert len(path) * dt < RAMP_S
     check_limits(np.array(path), dt)
     assert not ref[VEL:].any()
     stays = ref.copy()
-    coast(ref, np.zeros(JOINTS), dt, GAINS, TABLE)
+    coast(ref, np.zeros(JOINTS), dt, TABLE)
     np.testing.assert_array_equal(ref, stays)
 
 
@@ -135,8 +136,89 @@ def test_carrying_on_keeps_the_velocity() -> None:
     ref[ACC] = 0.0
     velocity = ref[VEL].copy()
     for _ in range(100):
-        assert not coast(ref, velocity, DT, GAINS, TABLE)
+        assert not coast(ref, velocity, DT, TABLE)
     np.testing.assert_allclose(ref[VEL], velocity, rtol=1e-9)
+
+
+# ── Ruckig as the judge ───────────────────────────────────────────────────────────────────────────────
+# Berscheid and Kröger, Jerk-limited real-time trajectory generation, RSS 2021: time-optimal under the same
+# limits. It allocates, and cannot be called from compiled code; what it would win is what these tests bound.
+
+
+def optimal(state: FloatArray, i: int, goal: float | None) -> float:
+    """Least time, s, from ``state`` [3] of joint ``i`` to rest, at ``goal`` or anywhere."""
+    inp = ruckig.InputParameter(1)
+    if goal is None:
+        inp.control_interface = ruckig.ControlInterface.Velocity
+    else:
+        inp.target_position = [goal]
+    inp.current_position, inp.current_velocity, inp.current_acceleration = ([float(x)] for x in state)
+    inp.target_velocity = inp.target_acceleration = [0.0]
+    inp.max_velocity = [float(TABLE[VELOCITY, i]) * (1 + 1e-9)]
+    inp.max_acceleration, inp.max_jerk = [float(TABLE[ACCELERATION, i])], [float(TABLE[JERK, i])]
+    planned = ruckig.Trajectory(1)
+    assert ruckig.Ruckig(1).calculate(inp, planned) in (ruckig.Result.Working, ruckig.Result.Finished)
+    return float(planned.duration)
+
+
+def in_motion(rng: np.random.Generator, dt: float) -> FloatArray:
+    """A reference [3, n] somewhere in the middle of something."""
+    rows = rng.normal(scale=60.0, size=(4, JOINTS))
+    ref: FloatArray = drive(np.repeat(rows, round(float(rng.uniform(0.01, 0.1)) / dt), axis=0), dt)[-1].copy()
+    return ref
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3, 1e-2]))
+@settings(max_examples=60, deadline=None)
+def test_a_ramp_to_rest_is_as_quick_as_ruckigs(seed: int, dt: float) -> None:
+    """Six ticks beyond the optimum, at most (the range is out of the way: it may only make it longer)."""
+    ref = in_motion(np.random.default_rng(seed), dt)
+    best = max(optimal(ref[:, i], i, None) for i in range(JOINTS))
+    path, rest = [ref.copy()], False
+    while not rest:
+        rest = coast(ref, np.zeros(JOINTS), dt, TABLE)
+        path.append(ref.copy())
+        assert len(path) * dt < 2.0
+    check_limits(np.array(path), dt)
+    assert (len(path) - 1) * dt <= best + 6 * dt
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3]))
+@settings(max_examples=40, deadline=None)
+def test_a_new_target_is_reached_within_a_third_more_time_than_ruckig_takes(seed: int, dt: float) -> None:
+    """To a milliradian: ``follow`` closes the last of it exponentially, which is what makes it calm."""
+    rng = np.random.default_rng(seed)
+    ref, want = in_motion(rng, dt), np.zeros((3, JOINTS))
+    want[POS] = rng.uniform(TABLE[LOWER] + 0.1, TABLE[UPPER] - 0.1)
+    best = max(optimal(ref[:, i], i, float(want[POS, i])) for i in range(JOINTS))
+    path, away = [ref.copy()], 0
+    for k in range(round((1.5 * best + 0.3) / dt)):
+        follow(ref, want, dt, GAINS, TABLE)
+        path.append(ref.copy())
+        if np.abs(ref[POS] - want[POS]).max() > 1e-3:
+            away = k + 1
+    check_limits(np.array(path), dt)
+    assert away * dt <= 1.33 * best + 0.03
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2.5e-4, 1e-3, 4e-3, 1e-2]))
+@settings(max_examples=40, deadline=None)
+def test_a_limit_that_is_lowered_in_motion_slows_the_arm_down_within_its_other_limits(
+    seed: int, dt: float
+) -> None:
+    """A person comes near: the velocity limit falls below the velocity."""
+    rng = np.random.default_rng(seed)
+    ref, want = in_motion(rng, dt), np.zeros((3, JOINTS))
+    live = TABLE.copy()
+    path = [ref.copy()]
+    for _ in range(8):
+        live[VELOCITY] = TABLE[VELOCITY] * rng.choice([0.0, 0.01, 0.3, 1.0], JOINTS)
+        want[POS] = rng.uniform(TABLE[LOWER], TABLE[UPPER])
+        for _ in range(round(0.4 / dt)):
+            follow(ref, want, dt, GAINS, live)
+            path.append(ref.copy())
+        assert (np.abs(ref[VEL]) <= live[VELOCITY] + 0.02).all()
+    check_limits(np.array(path), dt)
 
 
 @pytest.mark.parametrize("goal", [0.001, 0.05, 0.7, 1.4])
@@ -168,6 +250,7 @@ def test_a_smooth_path_is_followed_closely() -> None:
 
 
 @given(st.floats(-3, 3), st.floats(-25, 25), st.sampled_from([(25.0, 1000.0), (25.0, 200.0), (5.0, 1000.0)]))
+@example(-0.5, 15.0, (25.0, 200.0))  # falls further than it rises again
 @settings(max_examples=100, deadline=None)
 def test_excursion_is_what_braking_takes(v: float, a: float, most: tuple[float, float]) -> None:
     most_a, most_j = most

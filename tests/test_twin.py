@@ -168,6 +168,33 @@ def test_a_box_let_go_of_in_mid_air_counts_as_dropped(cell: Cell) -> None:
     assert (*before, cell.dropped, cell.success) == (False, False, True, False)
 
 
+def test_progress_grows_stage_by_stage_as_the_operator_works_and_only_the_target_counts(cell: Cell) -> None:
+    cell.reset(11)
+    assert cell.progress == 0.0
+    wrong = (cell.target + 1) % BOXES
+    cell.place_arm(cell.top(wrong) + np.array([0, 0, 0.001]))
+    cell.settle()
+    cell.step(cell.bias.copy(), 1.0)
+    assert cell.held == wrong
+    assert cell.progress == 0.0
+    cell.reset(11)
+    cell.place_arm(cell.target_top + np.array([0, 0, 0.03]))
+    cell.settle()
+    assert cell.progress == 0.25
+    cell.place_arm(cell.target_top + np.array([0, 0, 0.001]))
+    cell.settle()
+    cell.step(cell.bias.copy(), 1.0)
+    assert cell.progress == 0.5
+    cell.set_box(cell.target, np.array([*BIN_M, 0.15]))
+    cell.settle()
+    assert cell.progress == 0.75
+    cell.reset(11)
+    cell.set_box(cell.target, np.array([*BIN_M, 0.03]))
+    cell.settle()
+    assert cell.success
+    assert cell.progress == 1.0
+
+
 def test_projection_finds_the_boxes_in_the_picture(cell: Cell) -> None:
     found = 0
     for seed in range(8):
@@ -224,3 +251,47 @@ def test_an_arm_without_power_stays_where_it_is() -> None:
         robot.write(np.full(JOINTS, 50.0), 0.0)
     assert np.abs(robot.cell.tip - before).max() < 0.01
     robot.cell.close()
+
+
+@pytest.mark.parametrize("rate_hz", [100.0, 250.0, 500.0])
+def test_the_twin_is_controlled_at_rates_that_divide_its_physics(rate_hz: float) -> None:
+    from flywheel.edge.link import Ring, Seqlock
+    from flywheel.edge.rows import chunk_dtype, control_dtype
+    from flywheel.edge.system1 import System1
+    from flywheel.robot.twin import TwinRobot
+    from flywheel.schema import Mode
+
+    robot = TwinRobot(Cell(LAB), cameras=(), rate_hz=rate_hz)
+    robot.reset(3)
+    slot, ring = Seqlock(chunk_dtype(JOINTS)), Ring(control_dtype(JOINTS), 4096)
+    system1 = System1(robot, rate_hz, slot, ring)
+    start = robot.cell.q.copy()
+    period = round(1e9 / rate_hz)
+    record = slot.record()
+    for k in range(round(2.0 * rate_hz)):
+        if k * period % 100_000_000 < period:
+            t = k * period * 1e-9 + 0.1 * np.arange(1, 17)
+            record["t0_ns"], record["step_ns"], record["steps"] = k * period, 100_000_000, 16
+            record["valid_ns"] = 800_000_000
+            record["q"][0, :16] = start + 0.2 * (1 - np.cos(2 * t))[:, None] * [1, 1, -1, 1, 1]
+            slot.write(record)
+        system1.tick(k * period)
+    assert robot.cell.ticks == 2000
+    rows = ring.reader().poll().rows
+    assert Mode(rows["mode"][-1]) == Mode.FOLLOW
+    assert np.abs(rows["q"] - rows["q_ref"]).max() < 0.02
+    assert np.ptp(rows["q"], axis=0).min() > 0.2
+    robot.read(system1.state)
+    speed = system1.state.tool[3]
+    assert speed == pytest.approx(np.linalg.norm(robot.cell.tip - forward(rows["q"][-1])) * rate_hz, abs=0.01)
+    robot.cell.close()
+
+
+@pytest.mark.parametrize("rate_hz", [4000.0, 300.0])
+def test_a_rate_that_the_twins_physics_cannot_make_is_refused(rate_hz: float) -> None:
+    from flywheel.robot.twin import TwinRobot
+
+    with pytest.raises(
+        ConfigError, match=rf"edge\.control_hz={rate_hz:g}: the twin's physics run at 1000 Hz"
+    ):
+        TwinRobot(Cell(LAB), cameras=(), rate_hz=rate_hz)

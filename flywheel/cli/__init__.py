@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flywheel.cli import episodes, keys, operate, rollouts, stages, turns
+from flywheel.cli import bench, episodes, keys, operate, rollouts, stages, turns
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 operate.add_to(app)
+bench.add_to(app)
 stages.add_to(app)
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")

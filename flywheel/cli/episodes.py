@@ -63,6 +63,58 @@ def verify(
 
 
 @app.command()
+def repair(
+    directory: Annotated[Path, typer.Argument(help="Where a recorder sealed: the spool's `episodes`.")],
+    json: Json = False,
+) -> None:
+    """Finish what a crash cut short, remove what it left half-written, and set damaged episodes aside.
+
+    For a robot whose recorder does not run. Nothing of what is kept is edited.
+    """
+    from flywheel import episode
+
+    done = episode.repair(directory)
+    rows(["episode", "what", "why"], [[r.name, r.what, r.why] for r in done], json)
+
+
+@app.command()
+def ask(
+    robot: Annotated[str, typer.Argument(help="Which robot.")],
+    episode_id: Annotated[str, typer.Option(help="An episode that waits there.")] = "",
+    start: Annotated[str, typer.Option(help="Or a time, ISO 8601 with its zone …")] = "",
+    seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="… and how much of it.")] = 10.0,
+    why: Annotated[str, typer.Option(help="For whoever looks at the episode.")] = "",
+) -> None:
+    """Ask a robot for a window, or an episode, that is still there."""
+    import uuid
+    from datetime import datetime
+
+    from flywheel.edge.requests import WindowRequest
+    from flywheel.services.environment import store
+
+    low = high = 0
+    if not episode_id:
+        try:
+            at = datetime.fromisoformat(start)
+        except ValueError:
+            raise EpisodeError(f"--start={start!r}: give an ISO 8601 time, or --episode-id") from None
+        if at.tzinfo is None:
+            raise EpisodeError(f"--start={start!r}: has no zone; end it with Z or +00:00")
+        low = round(at.timestamp() * 1e9)
+        high = low + round(seconds * 1e9)
+    request = WindowRequest(
+        request_id=uuid.uuid4().hex,
+        robot=robot,
+        start_unix_ns=low,
+        end_unix_ns=high,
+        episode_id=episode_id,
+        why=why,
+    )
+    store().create(request.key, request.to_bytes())
+    console.print(request.key.replace("requests", "answers"))
+
+
+@app.command()
 def show(
     directory: Annotated[Path, typer.Argument(help="An episode's directory.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default beside the directory.")] = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,11 @@ from flywheel.errors import ConfigError, StageError
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (demo, up, down, status, fleet, bench, trace):
+    for command in (demo, up, down, status, fleet, trace):
         app.command()(command)
     edge = typer.Typer(help="One robot.", no_args_is_help=True)
     edge.command("run")(run_edge)
+    edge.command("unit")(unit)
     app.add_typer(edge, name="edge")
 
 
@@ -102,39 +104,88 @@ def fleet(json: Json = False) -> None:
 
 
 def run_edge(
-    policy: Annotated[Path, typer.Option(help="A bundle, or a checkpoint with bundle/ inside.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="A bundle, or a checkpoint with bundle/ inside.")
+    ] = None,
+    policies: Annotated[
+        Path | None, typer.Option(help="A directory for signed releases, instead of --policy; needs --trust.")
+    ] = None,
+    trust: Annotated[Path | None, typer.Option(help="The root metadata that checks releases.")] = None,
     shift: Annotated[str, typer.Option(help="Named shift of the twin.")] = "lab",
     seconds: Annotated[float, typer.Option(min=0.5, help="How long.")] = 10.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    forever: Annotated[bool, typer.Option("--forever", help="Until it is stopped.")] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="This robot's own directory: a later start takes over what runs.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Record failures into this spool.")] = None,
+    upload: Annotated[bool, typer.Option("--upload", help="Bring what was recorded into the store.")] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Prometheus on loopback; 0 takes a free port.")
+    ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Log JSON lines to standard error.")] = False,
+    latency_budget_ms: Annotated[
+        float, typer.Option(min=1.0, help="Slower policies are given back.")
+    ] = 100.0,
     json: Json = False,
 ) -> None:
-    """Run both systems on the wall clock, on the twin, and say how the loop kept time."""
-    from flywheel.edge.runtime import run_wall
+    """Run every process of a robot on the wall clock, on the twin, and say how the loop kept time."""
+    from flywheel.config import Deployment
+    from flywheel.edge.delivery import Delivery, boot
+    from flywheel.edge.processes import Recording
+    from flywheel.edge.runtime import twin_plan
+    from flywheel.edge.service import serve
+    from flywheel.edge.supervision import SupervisionSettings
+    from flywheel.edge.updater import Updater
+    from flywheel.store import Store
     from flywheel.twin.shift import shift as known
 
     known(shift)
-    bundle = policy / "bundle" if (policy / "bundle").is_dir() else policy
-    show(run_wall(bundle, shift, seconds, seed), json)
+    if upload and record is None:
+        raise ConfigError("--upload: needs --record, the spool that is uploaded")
+    me = Deployment.from_env()
+    with ExitStack() as stack:
+        delivery = None
+        if policies is not None and trust is not None and policy is None:
+            try:
+                root = trust.read_bytes()
+            except OSError as e:
+                raise ConfigError(f"--trust {trust}: {e.strerror}") from None
+            updater = Updater(policies, Store.from_env(me), site=me.site, robot=me.robot, bootstrap=root)
+            stack.enter_context(updater)
+            bundle = Path(boot(updater).directory)
+            delivery = Delivery(updater)
+        elif policy is not None and policies is None:
+            bundle = policy / "bundle" if (policy / "bundle").is_dir() else policy
+        else:
+            raise ConfigError("give --policy, or --policies and --trust")
+        rules = SupervisionSettings(latency_budget_ms=latency_budget_ms)
+        plan = twin_plan(bundle, shift, seed, supervision=rules)
+        if record is not None:
+            recording = Recording(
+                directory=str(record.absolute()), site=me.site, robot=me.robot, shift=shift, upload=upload
+            )
+            plan = plan.model_copy(update={"recording": recording})
+        result = serve(
+            plan,
+            float("inf") if forever else seconds,
+            state=state,
+            metrics_port=metrics_port,
+            log=sys.stderr if log or forever else None,
+            delivery=delivery,
+        )
+    show(result, json)
 
 
-# Each is called with whether to take longer, and returns the document that --json prints.
-BENCHES = {
-    "tracking": "flywheel.edge.bench:tracking",
-    "delivery": "flywheel.rehearsal.bench:delivery",
-    "fleet": "flywheel.rehearsal.bench:fleet",
-}
-
-
-def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark.")] = "tracking",
-    full: Annotated[bool, typer.Option(help="Longer.")] = False,
-    json: Json = False,
+def unit(
+    policy: Annotated[Path, typer.Option(help="The bundle that the robot runs.")],
+    user: Annotated[str, typer.Option(help="The account that it runs as.")] = "flywheel",
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 9464,
 ) -> None:
-    """Measure, against a peer or a limit in the same run."""
-    if name not in BENCHES:
-        raise ConfigError(f"bench = {name!r}: not known; choose {', '.join(BENCHES)}")
-    module, _, function = BENCHES[name].partition(":")
-    show(getattr(import_module(module), function)(full), json)
+    """Print the systemd unit of a robot on this machine: redirect it to /etc/systemd/system."""
+    from flywheel.edge.service import unit as filled
+
+    typer.echo(filled(policy, user, metrics_port=metrics_port), nl=False)
 
 
 def trace(

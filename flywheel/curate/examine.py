@@ -19,9 +19,13 @@ from flywheel.errors import EpisodeError
 from flywheel.schema import FRAMES_FILE, Manifest, Outcome, sha256_bytes
 
 MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
+MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
+MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
 DESCRIPTOR_STEPS = 16
 DESCRIPTOR_IMAGES = 3
 THUMBNAIL_PX = 8
+
+SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
 
 Vector = NDArray[np.float64]
 
@@ -164,6 +168,10 @@ def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[n
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
             if not 0 < max(height, width) <= MAX_SIDE_PX:
                 raise ValueError(f"claims {height}×{width} px")
+            if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
+                raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
+            if data.count(SCAN) > MAX_SCANS:
+                raise ValueError(f"is drawn in {data.count(SCAN)} scans")
             if images and (height, width) != images[0].shape[:2]:
                 raise ValueError(f"is {height}×{width} px, unlike the first one")
             images.append(simplejpeg.decode_jpeg(data, colorspace="RGB"))

@@ -1,8 +1,12 @@
 """``flywheel bench tracking``: how punctual System 1 is, next to cyclictest and to plain Python.
 
 A shared machine steals more time than any loop loses by itself, so the three take turns within one run, on
-the same core, and what is compared are ratios of pooled tails. cyclictest and System 1 run at the same
-real-time priority; the plain loop runs as people usually write it: ordinary scheduling, ``time.sleep``.
+the same core and under the same named load, and what is compared are ratios of pooled tails. cyclictest and
+System 1 run at the same real-time priority, and System 1 is stopped (SIGSTOP) while the others have their
+turn; the plain loop runs as people usually write it: ordinary scheduling, ``time.sleep``.
+
+Loads, each on top of the one before: ``idle``; ``system2``, a policy that infers at 10 Hz; ``recorder``,
+which also takes every row and frame and seals episodes to disk; ``hog``, a busy loop on every core.
 """
 
 from __future__ import annotations
@@ -11,30 +15,42 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-import flywheel.twin
+from flywheel.config import RecorderSettings, checkout
 from flywheel.edge import realtime
+from flywheel.edge.figures import Quantiles
+from flywheel.edge.link import Records, Ring
+from flywheel.edge.lockstep import tracking_error
 from flywheel.edge.processes import Plan
-from flywheel.edge.runtime import Quantiles, Wall, WallResult
-from flywheel.edge.safety import SafetyLimits
-from flywheel.robot import FloatArray, JointState
-from flywheel.schema import Bundle
+from flywheel.edge.recorder import Identity, Recorder
+from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, event_dtype
+from flywheel.edge.runtime import Wall, read_bundle
+from flywheel.edge.system1 import HEARTBEAT
+from flywheel.errors import BundleError
+from flywheel.robot.free import JOINTS, LIMITS_FILE, STEP_NS, chunk, sine
+from flywheel.schema import Bundle, Mode
 
-LIMITS_FILE = Path(flywheel.twin.__file__).parent / "limits.yaml"
-JOINTS = 5
 PERIOD_NS = 1_000_000
 PRIORITY = 50
-STEP_NS, STEPS = 100_000_000, 16
-INERTIA = 0.5  # kg·m², every joint
 HISTOGRAM_US = 20_000
+SETTLE_S = 0.3  # after System 1 goes on: not counted
+CATCH_UP_S = 1.0  # until it is back on the sine, which did not wait for it
+FAST_HZ = 4000.0
+LOADS = ("idle", "system2", "recorder", "hog")
+JUDGED = "recorder"  # the load under which the bars hold: System 2 and the recorder run
 
 _PYTHON_LOOP = """
 import json, sys, time
@@ -56,87 +72,63 @@ while deadline < end:
         deadline += (behind // 1_000_000 + 1) * 1_000_000
 print(json.dumps(late))
 """
+_HOG = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
-class Bench:
-    """A robot of five double integrators: nothing of it costs time, so that System 1 alone is measured."""
+def tracking(full: bool = False, policy: Path | None = None) -> dict[str, Any]:
+    """Measure for a minute, or six with ``full``; returns the document of ``flywheel bench --json``.
 
-    name = "bench"
-    joints = JOINTS
-    rate_hz = 1e9 / PERIOD_NS
-
-    def __init__(self) -> None:
-        self.limits = SafetyLimits.load(LIMITS_FILE)
-        self._q: FloatArray = np.zeros(JOINTS)
-        self._dq: FloatArray = np.zeros(JOINTS)
-        self._half = 0.5 * 1e-6 / INERTIA
-        self._gain = 1e-3 / INERTIA
-        self._mass = np.eye(JOINTS) * INERTIA
-
-    def read(self, out: JointState) -> None:
-        """Joint state, exactly."""
-        out.q[:] = self._q
-        out.dq[:] = self._dq
-        out.mass[:] = self._mass
-
-    def write(self, tau: FloatArray, tool: float) -> None:
-        """One millisecond of free motion."""
-        self._q += self._dq * 1e-3 + tau * self._half
-        self._dq += tau * self._gain
-
-    def stop(self) -> None:
-        """Brakes."""
-        self._dq[:] = 0.0
-
-
-def bench_robot(args: dict[str, Any], world: memoryview) -> Bench:
-    """For ``Plan.robot``."""
-    return Bench()
-
-
-def tracking(full: bool = False) -> dict[str, Any]:
-    """Measure for a minute, or five with ``full``; returns the document of ``flywheel bench --json``."""
-    rounds, seconds = (6, 12.0) if full else (3, 4.0)
+    ``policy`` is the bundle that System 2 runs; default: that of ``models/base``. Raises ``BundleError`` if
+    there is none.
+    """
+    bundle_dir = policy or _base_bundle()
+    # Short turns, so that what disturbs the machine disturbs all alike; one longer, to be on the sine in.
+    seconds = [3.0] + [1.0] * 30 if full else [1.5] + [0.5] * 5
     cpu, others = realtime.cores()
-    load_before = os.getloadavg()
-    ours: list[WallResult] = []
-    late: list[npt.NDArray[np.int64]] = []
-    compute: list[npt.NDArray[np.int64]] = []
-    python: list[int] = []
-    cyclic = np.zeros(HISTOGRAM_US + 1, np.int64)
-    have_cyclictest = shutil.which("cyclictest") is not None
-    for _ in range(rounds):
-        result, rows = _system1(seconds, cpu, others)
-        ours.append(result)
-        late.append(rows["late_ns"])
-        compute.append(rows["compute_ns"])
-        if have_cyclictest:
-            cyclic += _cyclictest(seconds, cpu)
-        python += _python(seconds)
-    figures = _figures(ours, np.concatenate(late), np.concatenate(compute), np.array(python, np.int64))
+    before = os.getloadavg()
+    figures: dict[str, float] = {}
+    privileges: dict[str, Any] = {}
+    for group in (LOADS[:1], LOADS[1:2], LOADS[2:]):
+        with ExitStack() as stack:
+            plan = _plan(None if group == LOADS[:1] else bundle_dir, 1e9 / PERIOD_NS)
+            turns = stack.enter_context(_running(plan))
+            if group == LOADS[2:]:
+                turns.recorder = stack.enter_context(_recorder(turns.wall))
+            for name in group:
+                if name == "hog":
+                    stack.enter_context(_hogs(others if cpu is None else others | {cpu}))
+                taken = Taken()
+                for turn in seconds:
+                    turns.ours(turn, taken)
+                    turns.cyclictest(turn, cpu, taken)
+                turns.python(1.0, taken)
+                figures |= taken.figures(name)
+            privileges = turns.wall.told["system1"]["privileges"]
+    if full:
+        with _running(_plan(bundle_dir, FAST_HZ)) as turns:
+            taken = Taken(round(1e9 / FAST_HZ))
+            for _ in range(6):
+                turns.ours(10.0, taken)
+        figures |= taken.figures("4khz")
     bars = {
-        "compute_p99_us": (figures["compute_p99_us"], "<=", 50.0),
-        "tracking_rms_rad": (figures["tracking_rms_rad"], "<=", 1e-3),
+        "compute_p99_us": (figures[f"{JUDGED}_compute_p99_us"], 50.0),
+        "tracking_rms_rad": (figures[f"{JUDGED}_tracking_rms_rad"], 1e-3),
     }
-    if cyclic.sum():
-        figures |= _tails("cyclictest_late", _from_histogram(cyclic))
-        ratio = figures["late_p99_us"] / max(figures["cyclictest_late_p99_us"], 1.0)
-        figures["late_p99_ratio_cyclictest"] = ratio
-        bars["late_p99_ratio_cyclictest"] = (ratio, "<=", 1.2)
+    if (ratio := figures.get(f"{JUDGED}_late_p99_ratio_cyclictest")) is not None:
+        bars["late_p99_ratio_cyclictest"] = (ratio, 1.2)
     return {
         "bench": "tracking",
         "machine": machine(),
         "load": {
-            "before": load_before,
+            "before": before,
             "after": os.getloadavg(),
-            "named": "System 1 alone; the machine's own load besides",
-            "privileges": ours[-1].privileges,
-            "cyclictest": have_cyclictest,
-            "rounds": rounds,
-            "seconds": seconds,
+            "named": f"{', '.join(LOADS)}; bars under {JUDGED!r}; the machine's own load besides",
+            "privileges": privileges,
+            "cyclictest": shutil.which("cyclictest") is not None,
+            "turns_s": seconds,
         },
         "figures": figures,
-        "bars": {k: {"value": v, "op": op, "bar": bar, "ok": v <= bar} for k, (v, op, bar) in bars.items()},
+        "bars": {k: {"value": v, "op": "<=", "bar": bar, "ok": v <= bar} for k, (v, bar) in bars.items()},
     }
 
 
@@ -156,23 +148,67 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _figures(
-    ours: list[WallResult],
-    late: npt.NDArray[np.int64],
-    compute: npt.NDArray[np.int64],
-    python: npt.NDArray[np.int64],
-) -> dict[str, float]:
-    ticks = sum(r.ticks for r in ours)
-    figures = (
-        _tails("late", late / 1e3) | _tails("compute", compute / 1e3) | _tails("python_late", python / 1e3)
-    )
-    figures["ticks"] = float(ticks)
-    figures["misses_ppm"] = sum(r.misses_ppm * r.ticks for r in ours) / max(ticks, 1)
-    figures["longest_miss_run"] = float(max(r.longest_miss_run for r in ours))
-    figures["python_misses_ppm"] = 1e6 * float(np.mean(python >= PERIOD_NS)) if len(python) else 0.0
-    figures["tracking_rms_rad"] = float(np.sqrt(np.mean([r.tracking_rms_rad**2 for r in ours])))
-    figures["tracking_p99_rad"] = max(r.tracking_p99_rad for r in ours)
-    return figures
+@dataclass
+class Taken:
+    """What was measured under one load, all turns together; times in ns."""
+
+    period_ns: int = PERIOD_NS
+    rows: list[Records] = field(default_factory=list)
+    sent: dict[int, int] = field(default_factory=dict)  # chunk id -> when it was written
+    python: list[int] = field(default_factory=list)
+    cyclic: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(HISTOGRAM_US + 1, np.int64))
+
+    def figures(self, load: str) -> dict[str, float]:
+        """By name, ``load`` in front."""
+        rows = np.concatenate(self.rows)
+        misses = [_misses(r, self.period_ns) for r in self.rows]
+        missed, longest = sum(m[0] for m in misses), max(m[1] for m in misses)
+        deadlines = sum(m[2] for m in misses)
+        error = tracking_error(rows["q_ref"] - rows["q"])
+        on_path = np.concatenate([r[r["t_ns"] >= r["t_ns"][0] + round(CATCH_UP_S * 1e9)] for r in self.rows])
+        on_path = on_path[on_path["mode"] == Mode.FOLLOW]
+        path = tracking_error((on_path["q"] - sine(on_path["t_ns"])).astype(np.float32))
+        first = np.concatenate([r[1:][np.diff(r["chunk_id"]) > 0] for r in self.rows])  # of each chunk
+        sent = np.array([self.sent.get(int(c), -1) for c in first["chunk_id"]], np.int64)
+        done = first["t_ns"] + first["compute_ns"]
+        seen = first["chunk_age_ns"] + first["compute_ns"]
+        f = _tails("late", rows["late_ns"] / 1e3) | _tails("compute", rows["compute_ns"] / 1e3)
+        f |= {
+            "ticks": float(len(rows)),
+            "misses_ppm": 1e6 * missed / max(deadlines, 1),
+            "longest_miss_run": float(longest),
+            "tracking_rms_rad": error.rms,
+            "tracking_p99_rad": error.p99,
+            "path_rms_rad": path.rms,
+            "path_p99_rad": path.p99,
+        }
+        if self.sent:
+            f |= _tails("chunk_to_command", (done - sent)[sent >= 0] / 1e3)
+        else:
+            f |= _tails("observation_to_command", seen / 1e3)
+        if self.python:
+            python = np.array(self.python, np.int64)
+            f |= _tails("python_late", python / 1e3)
+            f["python_misses_ppm"] = 1e6 * float(np.mean(python >= self.period_ns))
+        if self.cyclic.sum():
+            f |= _tails("cyclictest_late", np.repeat(np.arange(len(self.cyclic)), self.cyclic))
+            for q in ("p99", "p999"):
+                ours, theirs = f[f"late_{q}_us"], f[f"cyclictest_late_{q}_us"]
+                f[f"late_{q}_ratio_cyclictest"] = ours / max(theirs, 1.0)
+        return {f"{load}_{k}": v for k, v in f.items()}
+
+
+def _misses(rows: Records, period_ns: int) -> tuple[int, int, int]:
+    """Missed deadlines, the longest run of them, and all deadlines, of rows without a break on purpose."""
+    deadlines = rows["t_ns"] - rows["late_ns"]
+    skipped = np.diff(deadlines, prepend=deadlines[0] - period_ns) // period_ns - 1
+    late = rows["late_ns"] >= period_ns
+    run = longest = 0
+    for k in np.flatnonzero((skipped > 0) | late):
+        run = (run if k and late[k - 1] else 0) + int(skipped[k])
+        longest = max(longest, run + int(late[k]))
+        run += int(late[k])
+    return int(skipped.sum() + late.sum()), longest, int(len(rows) + skipped.sum())
 
 
 def _tails(name: str, microseconds: npt.NDArray[Any]) -> dict[str, float]:
@@ -181,83 +217,167 @@ def _tails(name: str, microseconds: npt.NDArray[Any]) -> dict[str, float]:
     return {f"{name}_{k}_us": v for k, v in tails.items()} | {f"{name}_n": float(q.n)}
 
 
-def _from_histogram(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.repeat(np.arange(len(counts)), counts)
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _plan(cpu: int | None, others: set[int]) -> Plan:
-    nothing = Bundle(
-        name="bench",
-        cameras=(),
-        image_hw=(1, 1),
-        state_names=("none",),
-        action_names=("none",),
-        action_space="joint_position",
-        chunk=STEPS,
-        execute=8,
-        step_ns=STEP_NS,
-        max_action_dim=1,
-        tokens=1,
-        num_steps=1,
-        limits_sha256="",
-    )
+class Turns:
+    """One running robot; System 1 and its peers take turns on its core."""
+
+    def __init__(self, wall: Wall) -> None:
+        self.wall = wall
+        self.recorder: Callable[[], None] | None = None
+        self._reader = wall.shared.control.reader()
+        self._chunk = wall.shared.slot.record()
+        self._id = 0
+
+    def ours(self, seconds: float, taken: Taken) -> None:
+        """System 1's turn. Without a System 2, the sine comes from here, at 10 Hz."""
+        wall = self.wall
+        wall.shared.commands[HEARTBEAT] = time.monotonic_ns()  # it must not think that nobody was there
+        os.kill(wall.system1_pid, signal.SIGCONT)
+        start = time.monotonic()
+        read: list[Records] = []
+        while (now := time.monotonic()) < start + SETTLE_S + seconds:
+            if not wall.plan.perception:
+                self._send(taken)
+            wall.run(min(0.1, start + SETTLE_S + seconds - now))
+            if self.recorder is not None:
+                self.recorder()
+            rows = self._reader.poll().rows
+            read.append(rows[rows["t_ns"] >= round((start + SETTLE_S) * 1e9)])
+        os.kill(wall.system1_pid, signal.SIGSTOP)
+        taken.rows.append(np.concatenate(read))
+
+    def cyclictest(self, seconds: float, cpu: int | None, taken: Taken) -> None:
+        """cyclictest's turn, with everything but System 1 at work."""
+        if shutil.which("cyclictest") is None:
+            return
+        args = ["cyclictest", f"-p{PRIORITY}", "-m", "-q", f"-i{PERIOD_NS // 1000}", "-t1"]
+        args += [f"-l{round(seconds * 1e9 / PERIOD_NS)}", f"-h{HISTOGRAM_US}"]
+        if cpu is not None:
+            args.append(f"-a{cpu}")
+        taken.cyclic += _histogram(self._wait(args, seconds + 30))
+
+    def python(self, seconds: float, taken: Taken) -> None:
+        """The plain loop's turn."""
+        args = [sys.executable, "-c", _PYTHON_LOOP, str(seconds), str(JOINTS)]
+        taken.python += json.loads(self._wait(args, seconds + 60) or "[]")
+
+    def _wait(self, args: list[str], timeout_s: float) -> str:
+        """The output of a peer, the recorder at work meanwhile; "" if it failed (not permitted)."""
+        peer = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        end = time.monotonic() + timeout_s
+        try:
+            while True:
+                try:
+                    out, _ = peer.communicate(timeout=0.05)
+                    return out if peer.returncode == 0 else ""
+                except subprocess.TimeoutExpired:
+                    if self.recorder is not None:
+                        self.recorder()
+                    if time.monotonic() > end:
+                        return ""
+        finally:
+            if peer.poll() is None:
+                peer.kill()
+                peer.communicate()
+
+    def _send(self, taken: Taken) -> None:
+        c = self._chunk
+        now = time.monotonic_ns()
+        self._id += 1
+        c["chunk_id"], c["t0_ns"], c["step_ns"], c["steps"] = self._id, now, STEP_NS, CHUNK_STEPS
+        c["valid_ns"] = 8 * STEP_NS
+        c["q"][0] = chunk(now, CHUNK_STEPS)
+        taken.sent[self._id] = time.monotonic_ns()
+        self.wall.shared.slot.write(c)
+
+
+@contextmanager
+def _running(plan: Plan) -> Iterator[Turns]:
+    with Wall(plan) as wall:
+        try:
+            yield Turns(wall)
+        finally:
+            os.kill(wall.system1_pid, signal.SIGCONT)
+
+
+@contextmanager
+def _recorder(wall: Wall) -> Iterator[Callable[[], None]]:
+    """A recorder that seals two seconds of everything, twice a second or as fast as the disk takes it."""
+    events = EventLog(Ring(event_dtype(), 256))
+    settings = RecorderSettings(pre_s=2.0, post_s=0.2, min_interval_s=0.5)
+    with tempfile.TemporaryDirectory(prefix="flywheel-bench-") as directory:
+        recorder = Recorder(
+            Rings(wall.shared.control, wall.shared.frames, events.ring), settings, Path(directory),
+            Identity("bench", "free", "wall", time.time_ns() - time.monotonic_ns(), "bench"), background=True,
+        )  # fmt: skip
+        last = 0.0
+
+        def poll() -> None:
+            nonlocal last
+            if time.monotonic() >= last + 0.5:
+                last = time.monotonic()
+                events.add(time.monotonic_ns(), "trigger", "baseline")
+            recorder.poll(time.monotonic_ns())
+
+        yield poll
+        recorder.finish(time.monotonic_ns())
+
+
+@contextmanager
+def _hogs(cpus: set[int]) -> Iterator[None]:
+    hogs = [subprocess.Popen([sys.executable, "-c", _HOG, str(c)]) for c in sorted(cpus)]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def _base_bundle() -> Path:
+    root = checkout(Path.cwd())
+    if root is None or not (root / "models" / "base" / "bundle").is_dir():
+        raise BundleError("bench tracking runs the base policy: start it in a checkout that has models/base")
+    return root / "models" / "base" / "bundle"
+
+
+def _plan(bundle_dir: Path | None, rate_hz: float) -> Plan:
+    """The free robot, with a System 2 if there is a bundle."""
+    cpu, others = realtime.cores()
+    bundle = _NOTHING if bundle_dir is None else read_bundle(bundle_dir)
     return Plan(
-        robot="flywheel.edge.bench:bench_robot",
-        perception="",
+        robot="flywheel.robot.free:wall_robot",
+        perception="" if bundle_dir is None else "flywheel.robot.free:wall_perception",
+        args={"rate_hz": rate_hz, "side_px": bundle.image_hw[0]},
         joints=JOINTS,
-        cameras={},
+        cameras=dict.fromkeys(bundle.cameras, bundle.image_hw),
         limits=str(LIMITS_FILE),
-        bundle_dir="",
-        bundle=nothing,
-        instruction="",
+        bundle_dir="" if bundle_dir is None else str(bundle_dir),
+        bundle=bundle,
+        instruction="pick the red box and place it in the bin",
+        control_hz=rate_hz,
         priority=PRIORITY,
         cpu=cpu,
         others=tuple(sorted(others)),
     )
 
 
-def _system1(seconds: float, cpu: int | None, others: set[int]) -> tuple[WallResult, Any]:
-    """System 1 following a sine of half a radian that the supervisor sends in chunks, at 10 Hz."""
-    with Wall(_plan(cpu, others)) as wall:
-        reader = wall.shared.control.reader(from_start=False)
-        start = time.monotonic()
-        chunk = wall.shared.slot.record()
-        while time.monotonic() < start + seconds:
-            now = time.monotonic_ns()
-            t = (now - start * 1e9 + STEP_NS * np.arange(1, STEPS + 1)) * 1e-9
-            chunk["chunk_id"] += 1
-            chunk["t0_ns"] = now
-            chunk["step_ns"] = STEP_NS
-            chunk["steps"] = STEPS
-            chunk["valid_ns"] = 8 * STEP_NS
-            chunk["q"][0, :STEPS] = 0.5 * (1.0 - np.cos(2.0 * t))[:, None]
-            wall.shared.slot.write(chunk)
-            wall.run(0.1)
-        return wall.result(), reader.poll().rows
+_NOTHING = Bundle(
+    name="none", cameras=(), image_hw=(1, 1), state_names=("none",), action_names=("none",),
+    action_space="joint_position", chunk=16, execute=8, step_ns=STEP_NS, max_action_dim=1, tokens=1,
+    num_steps=1, limits_sha256="",
+)  # fmt: skip
 
 
-def _cyclictest(seconds: float, cpu: int | None) -> npt.NDArray[np.int64]:
-    """Counts by µs of lateness; what lies beyond the histogram counts as its last µs. Empty if refused."""
-    args = ["cyclictest", f"-p{PRIORITY}", "-m", "-q", f"-i{PERIOD_NS // 1000}", "-t1"]
-    args += [f"-D{max(round(seconds), 1)}", f"-h{HISTOGRAM_US}"]
-    if cpu is not None:
-        args.append(f"-a{cpu}")
-    done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=seconds + 30)
+def _histogram(text: str) -> npt.NDArray[np.int64]:
+    """Counts by µs of lateness; what lies beyond the histogram counts as its last µs."""
     counts = np.zeros(HISTOGRAM_US + 1, np.int64)
-    if done.returncode != 0:
-        return counts
-    for line in done.stdout.splitlines():
+    for line in text.splitlines():
         if line.startswith("# Histogram Overflows:"):
             counts[-1] += int(line.split(":")[1].split()[0])
         elif line and not line.startswith("#"):
             us, count = line.split()[:2]
             counts[min(int(us), HISTOGRAM_US)] += int(count)
     return counts
-
-
-def _python(seconds: float) -> list[int]:
-    """Lateness of the plain loop, ns."""
-    args = [sys.executable, "-c", _PYTHON_LOOP, str(seconds), str(JOINTS)]
-    done = subprocess.run(args, capture_output=True, text=True, check=True, timeout=seconds + 60)
-    late: list[int] = json.loads(done.stdout)
-    return late

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
+import numpy.typing as npt
+from numba import extending, types
 from numba.core import config
 
-MODULES = ("compiled", "link", "mode", "realtime", "safety", "system1", "tracking")
+MODULES = ("compiled", "link", "mode", "realtime", "safety", "system1", "trace", "tracking")
 
 
 def compiled[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
@@ -49,3 +52,40 @@ def _cache_directory() -> Path:
 
 
 _CACHE = _cache_directory()
+
+
+# ── memory by its address ─────────────────────────────────────────────────────────────────────────────
+# An array that Python passes to compiled code costs one malloc and one free: numba wraps it each time. A
+# loop that must not allocate passes addresses, which are plain integers, and makes the views inside.
+
+
+def intrinsic(fn: Any) -> Any:
+    """``numba.extending.intrinsic``, whose own types hide how the function is called from compiled code."""
+    return extending.intrinsic(fn)
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.intp), codegen
+
+
+_carray: Any = numba.carray  # type: ignore[attr-defined]
+
+
+@compiled
+def words_at(address: int, rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """View of ``[rows, columns]`` int64 at ``address``; whoever owns the memory must outlive it."""
+    view: npt.NDArray[np.int64] = _carray(_pointer(address), (rows, columns), np.int64)
+    return view
+
+
+@compiled
+def floats_at(address: int, rows: int, columns: int) -> npt.NDArray[np.float64]:
+    """View of ``[rows, columns]`` float64 at ``address``; whoever owns the memory must outlive it."""
+    view: npt.NDArray[np.float64] = _carray(_pointer(address), (rows, columns), np.float64)
+    return view

@@ -16,7 +16,16 @@ from flywheel.edge.processes import Shared
 from flywheel.edge.rows import EventLog
 from flywheel.schema import Mode
 
+BUCKETS_US = (5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000, 10000, 50000)  # upper bounds
+INFER_BUCKETS_MS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500)
 BATCHES = 1 << 15  # looks at 20 Hz: the last 27 minutes
+_BOUNDS_NS = np.array(BUCKETS_US) * 1000
+_INFER_BOUNDS_NS = np.array(INFER_BUCKETS_MS) * 1_000_000
+
+
+def _histogram(ns: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many values fall into each bucket, by upper bounds, and above the last."""
+    return np.bincount(np.searchsorted(bounds, ns), minlength=len(bounds) + 1)
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,16 @@ class Quantiles:
     p999: float
     max: float
     n: int
+    spread: float = 0.0  # p90 - p10
 
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> Quantiles:
         """Of an array of any length."""
         if not len(values):
             return cls(0.0, 0.0, 0.0, 0.0, 0)
-        p50, p99, p999 = np.percentile(values, (50, 99, 99.9), method="higher")
-        return cls(float(p50), float(p99), float(p999), float(values.max()), len(values))
+        p10, p50, p90, p99, p999 = np.percentile(values, (10, 50, 90, 99, 99.9), method="higher")
+        spread = float(p90 - p10)
+        return cls(float(p50), float(p99), float(p999), float(values.max()), len(values), spread)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class WallResult:
     digest: str
     limits_sha256: str
     privileges: dict[str, Any]
+    self_test: dict[str, Any]
     load: tuple[float, float, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,14 +98,18 @@ class Figures:
         self._control = shared.control.reader()
         self._frames = shared.frames.reader()
         self._system2 = shared.events.reader()
-        self._event = events.ring.record()
         self._kept: dict[str, deque[npt.NDArray[Any]]] = {
             k: deque(maxlen=BATCHES) for k in ("late", "compute", "age", "infer", "errors")
         }
         self._modes = np.zeros(len(Mode), np.int64)
         self._ticks = self._limits = self._chunks = self._rejected = 0
         self._missed = self._run = self._longest = 0
+        self.late_counts = np.zeros(len(BUCKETS_US) + 1, np.int64)
+        self.compute_counts = np.zeros(len(BUCKETS_US) + 1, np.int64)
+        self.infer_counts = np.zeros(len(INFER_BUCKETS_MS) + 1, np.int64)
+        self.late_sum_ns = self.compute_sum_ns = self.infer_sum_ns = 0
         self._mode = int(Mode.HOLD)
+        self._age = -1
         self._first = self._last = self._deadline = -1
 
     def skip(self) -> None:
@@ -102,20 +118,63 @@ class Figures:
             reader.next_row = reader.ring.written
             reader.missed = 0
 
-    def take(self) -> None:
-        """Read what is new."""
+    def resume(self, since_ns: int) -> None:
+        """Start counting with the first tick after ``since_ns``: another supervisor counted up to there."""
+        rows = self._control.poll().rows
+        self._control.next_row -= int((rows["t_ns"] > since_ns).sum())
+        before = rows[rows["t_ns"] <= since_ns]
+        if len(before):
+            self._mode = int(before["mode"][-1])
+        self._frames.next_row = self._frames.ring.written
+        self._system2.next_row = self._system2.ring.written
+        self._control.missed = self._frames.missed = 0
+
+    @property
+    def mode(self) -> Mode:
+        """Of the last tick that was read."""
+        return Mode(self._mode)
+
+    @property
+    def chunk_age_ns(self) -> int:
+        """Age of the chunk in the last tick that was read; -1 if there is none."""
+        return self._age
+
+    @property
+    def misses_ppm(self) -> float:
+        """Deadlines missed, per million."""
+        deadlines = (self._last - self._first) // self._period + 1 if self._ticks else 1
+        return 1e6 * self._missed / deadlines
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Ticks, deadlines missed and the longest run of those, chunks published and refused, limits that
+        acted (bits)."""
+        return {
+            "ticks": self._ticks,
+            "missed": self._missed,
+            "longest": self._longest,
+            "chunks": self._chunks,
+            "rejected": self._rejected,
+            "limits": self._limits,
+        }
+
+    def take(self) -> tuple[npt.NDArray[np.float64], int]:
+        """Read what is new; returns how long each inference took (ms), and how many outputs were refused."""
         rows, _, lost = self._control.poll()
         if len(rows):
             self._count_misses(rows, lost)
             self._take_control(rows)
         frames = self._frames.poll().rows
+        infer = frames["infer_ns"][~frames["intervention"]]
         if len(frames):
             self._chunks += len(frames)
-            self._kept["infer"].append(frames["infer_ns"][~frames["intervention"]])
-        for row in self._system2.poll().rows:
-            self._rejected += row["kind"] == b"policy"
-            self._event[0] = row
-            self._events.ring.push(self._event)
+            self._kept["infer"].append(infer)
+            self.infer_sum_ns += int(infer.sum())
+            self.infer_counts += _histogram(infer, _INFER_BOUNDS_NS)
+        said = self._system2.poll().rows
+        rejected = int(((said["kind"] == b"policy") & (said["name"] == b"rejected")).sum())
+        self._rejected += rejected
+        return infer * 1e-6, rejected
 
     def _count_misses(self, rows: Records, lost: int) -> None:
         """Deadlines lie on a grid: what is missing between two rows was skipped (see ``realtime.pace``)."""
@@ -143,6 +202,11 @@ class Figures:
             self._first = int(rows["t_ns"][0])
         self._last = int(rows["t_ns"][-1])
         self._ticks += len(rows)
+        self._age = int(rows["chunk_age_ns"][-1])
+        self.late_sum_ns += int(rows["late_ns"].sum())
+        self.compute_sum_ns += int(rows["compute_ns"].sum())
+        self.late_counts += _histogram(rows["late_ns"], _BOUNDS_NS)
+        self.compute_counts += _histogram(rows["compute_ns"], _BOUNDS_NS)
         self._kept["late"].append(rows["late_ns"])
         self._kept["compute"].append(rows["compute_ns"])
         self._kept["age"].append(rows["chunk_age_ns"][rows["mode"] == Mode.FOLLOW])
@@ -162,13 +226,12 @@ class Figures:
         tracking = tracking_error(
             np.concatenate([np.zeros((0, self._joints), np.float32), *self._kept["errors"]])
         )
-        deadlines = (self._last - self._first) // self._period + 1 if self._ticks else 1
         return WallResult(
             seconds=(self._last - self._first) * 1e-9,
             ticks=self._ticks,
             late=Quantiles.of(kept["late"]),
             compute=Quantiles.of(kept["compute"]),
-            misses_ppm=1e6 * self._missed / deadlines,
+            misses_ppm=self.misses_ppm,
             longest_miss_run=self._longest,
             tracking_rms_rad=tracking.rms,
             tracking_p99_rad=tracking.p99,
@@ -184,5 +247,6 @@ class Figures:
             digest=told.get("system2", {}).get("digest", ""),
             limits_sha256=told["system1"]["limits_sha256"],
             privileges=told["system1"]["privileges"],
+            self_test=told["system1"].get("self_test", {}),
             load=os.getloadavg(),
         )

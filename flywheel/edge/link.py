@@ -12,6 +12,7 @@ may have overwritten meanwhile, and counts it.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import Any, NamedTuple
@@ -19,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from numba import types
-from numba.extending import intrinsic
 
-from flywheel.edge.compiled import compiled
+from flywheel.edge.compiled import compiled, intrinsic
 
 Words = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
@@ -49,12 +49,7 @@ def aligned(dtype: Any) -> np.dtype[np.void]:
 # ── compiled: these run in the loop ───────────────────────────────────────────────────────────────────
 
 
-def _intrinsic(fn: Any) -> Any:
-    """``numba.extending.intrinsic``, whose own types hide how the function is called from compiled code."""
-    return intrinsic(fn)
-
-
-@_intrinsic
+@intrinsic
 def _load(typingctx: Any, array: Any, index: Any) -> Any:
     """Atomic 64-bit load, then an acquire fence: what is read next cannot have been read before."""
 
@@ -67,7 +62,7 @@ def _load(typingctx: Any, array: Any, index: Any) -> Any:
     return types.int64(array, types.intp), codegen
 
 
-@_intrinsic
+@intrinsic
 def _store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """Release fence, atomic 64-bit store, release fence: orders it after earlier and before later writes."""
 
@@ -81,7 +76,7 @@ def _store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.intp, types.int64), codegen
 
 
-@_intrinsic
+@intrinsic
 def _acquire(typingctx: Any) -> Any:
     """Acquire fence: reads before it are done before reads after it."""
 
@@ -100,6 +95,13 @@ def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 @compiled
 def load(words: Words, index: int) -> int:
     """A word that another process writes."""
+    return int(_load(words, index))
+
+
+@compiled
+def load_after(words: Words, index: int) -> int:
+    """``load`` that cannot happen before the reads that come before it in the program."""
+    _acquire()
     return int(_load(words, index))
 
 
@@ -307,9 +309,11 @@ class Arena:
 
     @classmethod
     def create(cls, name: str, nbytes: int) -> Arena:
-        """Fresh zeroed memory; ``name`` only shows in /proc."""
-        fd = os.memfd_create(name)
+        """Fresh zeroed memory; ``name`` only shows in /proc. Nobody can change its size any more: memory
+        that shrank under System 1 would be its death by SIGBUS."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd, nbytes)
 
     def carve(self, nbytes: int) -> memoryview:

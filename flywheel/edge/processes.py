@@ -1,9 +1,9 @@
-"""The two real-time-minded processes of a robot, and the memory that they share.
+"""What the processes of a robot must know, and the memory that they share.
 
-Each is started by the supervisor as ``python -m flywheel.edge.processes system1|system2 FD`` with a ``Plan``
-on its standard input; it answers with one JSON line when it is ready and ends on SIGTERM. What they share is
-anonymous memory behind FD, so nothing can be left behind. A process whose supervisor is gone brings the arm
-to rest and ends.
+Each is started by the supervisor as ``python -m flywheel.edge.processes ROLE FD PLACE GENERATION`` with a
+``Plan`` on its standard input; it tells what it has to tell in its ``Place`` of the shared memory and ends on
+SIGTERM. That memory is anonymous and lies behind FD, so nothing can be left behind. What each role does is in
+``roles``; who starts, watches and replaces them is in ``runtime``.
 """
 
 from __future__ import annotations
@@ -11,25 +11,49 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from flywheel.config import RecorderSettings
 from flywheel.edge import realtime, rows
-from flywheel.edge.link import Arena, Ring, Seqlock, Words
-from flywheel.edge.safety import CATEGORY_2, SafetyLimits
-from flywheel.edge.system1 import COMMAND, CONTROL_WORDS, HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
-from flywheel.errors import ConfigError, FlywheelError
-from flywheel.robot import Perception, Robot
-from flywheel.schema import Bundle, Strict
+from flywheel.edge.images import FrameRing
+from flywheel.edge.journal import JOURNAL_BYTES, Journal
+from flywheel.edge.link import Arena, Ring, Seqlock, Words, aligned
+from flywheel.edge.supervision import SupervisionSettings
+from flywheel.edge.system1 import CONTROL_WORDS
+from flywheel.edge.trace import trace_dtype
+from flywheel.errors import BundleError, ConfigError, FlywheelError
+from flywheel.schema import Bundle, Strict, sha256_bytes
 
 WORLD_BYTES = 1 << 16  # for what a simulated robot tells its own perception
+RING_S = 30.0  # how far a reader may fall behind: more than it takes to notice and replace a dead recorder
+EVENT_ROWS = 512
+TOLD_BYTES = 4096
 EXIT_BAD_PLAN = 3  # a fault that starting again will not mend
+
+
+class BundleRef(Strict):
+    """A bundle on this robot's disk: where it lies, what it says of itself, the digest of its bytes."""
+
+    directory: str
+    digest: str
+    bundle: Bundle
+
+
+class Recording(Strict):
+    """What the recorder's process must know. ``directory`` is the spool's root; ``upload`` runs the uploader
+    beside it, against the store that the environment names. Episodes are named by ``site`` and ``robot``."""
+
+    directory: str
+    site: str
+    robot: str
+    shift: str = ""
+    settings: RecorderSettings = RecorderSettings()
+    upload: bool = False
 
 
 class Plan(Strict):
@@ -38,7 +62,8 @@ class Plan(Strict):
     ``robot`` and ``perception`` are ``module:function``, called with ``args`` and the world buffer;
     ``operator`` (or "") likewise, called with ``args`` and the perception, gives an override. Without a
     perception there is no System 2, and the supervisor writes the chunks. The functions are imported and
-    run: a plan comes from the code that starts the robot, never from the network.
+    run: a plan comes from the code that starts the robot, never from the network. ``bundle_digest`` is what
+    the bytes in ``bundle_dir`` must have ("": whatever lies there when System 2 is first started).
     """
 
     robot: str
@@ -50,6 +75,7 @@ class Plan(Strict):
     limits: str  # path of the robot's limits file
     bundle_dir: str
     bundle: Bundle
+    bundle_digest: str = ""
     instruction: str
     control_hz: float = 1000.0
     policy_hz: float = 10.0
@@ -57,47 +83,34 @@ class Plan(Strict):
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
     others: tuple[int, ...] = ()  # cores of everything else
-    jpeg_quality: int = 95
+    jpeg_quality: int | dict[str, int] = 95  # of all cameras, or of each
+    recording: Recording | None = None
+    supervision: SupervisionSettings = SupervisionSettings()
+    # How long a robot whose supervisor is gone holds still for another one to take it over, then it ends.
+    orphan_s: float = 0.0
+    trace_rows: int = 0  # keep so many rows of the executed reference in full precision (benchmarks)
 
+    @property
+    def ref(self) -> BundleRef:
+        """The bundle to start with."""
+        return BundleRef(directory=self.bundle_dir, digest=self.bundle_digest, bundle=self.bundle)
 
-class Shared:
-    """Where everything lies in the shared memory; the same in every process that has the same plan."""
-
-    def __init__(self, plan: Plan, arena: Arena) -> None:
-        chunk, control, frame, event = _dtypes(plan)
-        self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
-        self.control = Ring(control, _rows(plan), arena.carve(Ring.nbytes(control, _rows(plan))))
-        self.frames = Ring(frame, FRAME_ROWS, arena.carve(Ring.nbytes(frame, FRAME_ROWS)))
-        self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
-        self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
-        self.status1: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
-        self.status2: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
-        self.world = arena.carve(WORLD_BYTES)
-
-    @staticmethod
-    def nbytes(plan: Plan) -> int:
-        """Bytes of arena that a plan needs."""
-        chunk, control, frame, event = _dtypes(plan)
-        parts = (
-            Seqlock.nbytes(chunk),
-            Ring.nbytes(control, _rows(plan)),
-            Ring.nbytes(frame, FRAME_ROWS),
-            Ring.nbytes(event, EVENT_ROWS),
-            *(8 * n for n in (CONTROL_WORDS, realtime.STATUS_WORDS, realtime.STATUS_WORDS)),
-            WORLD_BYTES,
+    def running(self, ref: BundleRef) -> Plan:
+        """The same robot with another bundle."""
+        return self.model_copy(
+            update={"bundle_dir": ref.directory, "bundle_digest": ref.digest, "bundle": ref.bundle}
         )
-        return sum(-(-p // 64) * 64 for p in parts)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that System 1 and the layout of the shared memory depend on."""
+        doc = self.model_dump(mode="json", exclude={"bundle_dir", "bundle_digest", "bundle", "supervision"})
+        layout = [str(d) for d in dtypes(self)]
+        return sha256_bytes(json.dumps([doc, layout], sort_keys=True).encode())
 
 
-CONTROL_S = 16.0  # how far the slowest reader may fall behind System 1
-FRAME_ROWS, EVENT_ROWS = 128, 256
-
-
-def _rows(plan: Plan) -> int:
-    return round(plan.control_hz * CONTROL_S)
-
-
-def _dtypes(plan: Plan) -> tuple[np.dtype[np.void], ...]:
+def dtypes(plan: Plan) -> tuple[np.dtype[np.void], ...]:
+    """Of a chunk, a control row, a frame and an event."""
     b = plan.bundle
     return (
         rows.chunk_dtype(plan.joints),
@@ -105,6 +118,129 @@ def _dtypes(plan: Plan) -> tuple[np.dtype[np.void], ...]:
         rows.frame_dtype(plan.cameras, len(b.state_names), b.chunk, len(b.action_names)),
         rows.event_dtype(),
     )
+
+
+def require_fit(plan: Plan, ref: BundleRef) -> None:
+    """``BundleError`` if a bundle cannot replace the running one without starting the robot anew."""
+    if (new := dtypes(plan.running(ref))[2]) != dtypes(plan)[2]:
+        b, now = ref.bundle, plan.bundle
+        raise BundleError(
+            f"{ref.directory}: chunk of {b.chunk}, {len(b.state_names)} states and {len(b.action_names)} "
+            f"actions; the running robot is laid out for {now.chunk}, {len(now.state_names)} and "
+            f"{len(now.action_names)} ({new.itemsize} bytes a frame): stop it and start it with this bundle"
+        )
+
+
+# ── shared memory ─────────────────────────────────────────────────────────────────────────────────────
+
+# Words of ``Shared.supervisor``, written by the supervisor alone.
+GRANT, SUPERVISOR_PID, _SUPERVISOR_WORDS = 0, 1, 8
+# Words of ``Place.words``, written by the process that holds the place.
+ACK, _PLACE_WORDS = 0, 8
+_NONCE, _IDENTITY_WORDS = 0, 8
+
+PLACES = ("system1", "system2.a", "system2.b", "recorder", "uploader")
+
+
+class Place:
+    """What one process tells the others: ``status`` as ``realtime.pace`` keeps it (its TICKS are the
+    heartbeat), ``words`` (ACK), and ``told``, a JSON object that replaces the last one."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.status: Words = np.frombuffer(arena.carve(realtime.STATUS_WORDS * 8), np.int64)
+        self.words: Words = np.frombuffer(arena.carve(_PLACE_WORDS * 8), np.int64)
+        self._told = Seqlock(_TOLD, arena.carve(Seqlock.nbytes(_TOLD)))
+        self._record = self._told.record()
+        self._seen = 0
+
+    @staticmethod
+    def sizes() -> tuple[int, ...]:
+        """Bytes of its parts."""
+        return (realtime.STATUS_WORDS * 8, _PLACE_WORDS * 8, Seqlock.nbytes(_TOLD))
+
+    def tell(self, **fields: Any) -> None:
+        """Say something to the supervisor; with the process id, so that it is known who said it."""
+        text = json.dumps({"pid": os.getpid(), **fields}).encode()
+        if len(text) > TOLD_BYTES:
+            raise ValueError(f"{len(text)} bytes to tell, of {TOLD_BYTES}")
+        record = self._told.record()
+        record["text"] = text
+        self._told.write(record)
+
+    def told(self, pid: int) -> dict[str, Any]:
+        """The last thing that process ``pid`` said here; empty if it has said nothing yet."""
+        self._seen = self._told.read(self._record, self._seen)
+        if self._seen == 0:
+            return {}
+        said: dict[str, Any] = json.loads(self._record["text"][0])
+        return said if said["pid"] == pid else {}
+
+
+_TOLD = aligned([("text", f"S{TOLD_BYTES}")])
+
+
+class Shared:
+    """Where everything lies in the shared memory; the same in every process that has the same plan.
+
+    ``events`` are System 2's, ``log`` are the supervisor's: a ring has a single writer. Of two System 2
+    processes only the one that is granted may write the slot, frames and events.
+    """
+
+    def __init__(self, plan: Plan, arena: Arena) -> None:
+        chunk, control, frame, event = dtypes(plan)
+        self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
+        self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
+        ticks, looks = _rows(plan)
+        self.control = Ring(control, ticks, arena.carve(Ring.nbytes(control, ticks)))
+        pictures = rows.image_bytes(plan.cameras, looks)
+        room = arena.carve(FrameRing.room(frame, looks, pictures))
+        self.frames = FrameRing(frame, looks, pictures, room)
+        self.events = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
+        self.log = Ring(event, EVENT_ROWS, arena.carve(Ring.nbytes(event, EVENT_ROWS)))
+        self.commands: Words = np.frombuffer(arena.carve(CONTROL_WORDS * 8), np.int64)
+        self.supervisor: Words = np.frombuffer(arena.carve(_SUPERVISOR_WORDS * 8), np.int64)
+        self.places = {name: Place(arena) for name in PLACES}
+        self.world = arena.carve(WORLD_BYTES)
+        self.journal = Journal(arena.carve(JOURNAL_BYTES))  # of whoever records
+        self.trace: Ring | None = None
+        if plan.trace_rows:
+            trace = trace_dtype(plan.joints)
+            self.trace = Ring(trace, plan.trace_rows, arena.carve(Ring.nbytes(trace, plan.trace_rows)))
+
+    @staticmethod
+    def nbytes(plan: Plan) -> int:
+        """Bytes of arena that a plan needs."""
+        chunk, control, frame, event = dtypes(plan)
+        ticks, looks = _rows(plan)
+        parts = [
+            _IDENTITY_WORDS * 8,
+            Seqlock.nbytes(chunk),
+            Ring.nbytes(control, ticks),
+            FrameRing.room(frame, looks, rows.image_bytes(plan.cameras, looks)),
+            *[Ring.nbytes(event, EVENT_ROWS)] * 2,
+            CONTROL_WORDS * 8,
+            _SUPERVISOR_WORDS * 8,
+            *Place.sizes() * len(PLACES),
+            WORLD_BYTES,
+            JOURNAL_BYTES,
+        ]
+        if plan.trace_rows:
+            parts.append(Ring.nbytes(trace_dtype(plan.joints), plan.trace_rows))
+        return sum(-(-p // 64) * 64 for p in parts)
+
+    @property
+    def nonce(self) -> int:
+        """A number that no other robot's memory has; 0 before ``sign``."""
+        return int(self.identity[_NONCE])
+
+    def sign(self, nonce: int) -> None:
+        """Mark fresh memory as this robot's."""
+        self.identity[_NONCE] = nonce
+
+
+def _rows(plan: Plan) -> tuple[int, int]:
+    """Of the control ring and of the frame ring."""
+    return round(plan.control_hz * RING_S), max(round(plan.policy_hz * RING_S), 2)
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -117,114 +253,18 @@ def resolve(name: str) -> Callable[..., Any]:
     return found
 
 
-class _Stop:
-    """SIGTERM asks the process to end; Ctrl-C is the supervisor's to handle."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._parent = os.getppid()
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def orphaned(self) -> bool:
-        """Whether the supervisor is gone for good, and not only stalled."""
-        return os.getppid() != self._parent
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-
-def _say(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
-
-
-# ── System 1 ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def run_system1(plan: Plan, shared: Shared) -> None:
-    """Control until SIGTERM; then come to rest (category 2), remove power, and return."""
-    stop = _Stop()
-    robot: Robot = resolve(plan.robot)(plan.args, shared.world)
-    system1 = System1(robot, plan.control_hz, shared.slot, shared.control, control=shared.commands, wall=True)
-    period = round(1e9 / plan.control_hz)
-    realtime.pace(np.zeros(realtime.STATUS_WORDS, np.int64), period)  # compiled before the clock matters
-    privileges = realtime.claim(plan.priority, plan.cpu)
-    _say(ready="system1", limits_sha256=robot.limits.sha256, privileges=privileges.as_dict())
-    try:
-        _loop(system1, shared, period, stop)
-    finally:
-        robot.stop()
-
-
-def _loop(system1: System1, shared: Shared, period: int, stop: _Stop) -> None:
-    """The 1 kHz loop. Its only system calls are the sleep, the clock and the robot's own."""
-    pace, tick, status = realtime.pace, system1.tick, shared.status1
-    leave_at = 0
-    while True:
-        now, late = pace(status, period)
-        tick(now, late)
-        if leave_at == 0:
-            if stop.asked:
-                shared.commands[COMMAND] = CATEGORY_2
-                leave_at = now + LEAVE_NS
-            elif now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
-                leave_at = now + LEAVE_NS  # the ladder was taken when the heartbeat went stale
-        elif system1.resting or now > leave_at:
-            return
-
-
-LEAVE_NS = 2_000_000_000  # longest that coming to rest at the end may take
-
-
-# ── System 2 ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def run_system2(plan: Plan, shared: Shared) -> None:
-    """See and decide at ``policy_hz`` until SIGTERM."""
-    from flywheel.edge.policy import Policy
-    from flywheel.edge.system2 import System2
-
-    stop = _Stop()
-    if plan.others:
-        os.sched_setaffinity(0, plan.others)
-    policy = Policy.load(plan.bundle_dir, plan.threads)
-    perception: Perception = resolve(plan.perception)(plan.args, shared.world)
-    override = resolve(plan.operator)(plan.args, perception) if plan.operator else None
-    last = shared.slot.record()
-    first_id = int(last["chunk_id"][0]) + 1 if shared.slot.read(last) else 0
-    limits = SafetyLimits.load(plan.limits)
-    system2 = System2(
-        perception,
-        policy,
-        limits,
-        shared.slot.write,
-        rows.EventLog(shared.events),
-        shared.frames,
-        plan.jpeg_quality,
-        first_id,
-    )
-    while shared.status1[realtime.TICKS] == 0 and not stop.asked:
-        time.sleep(0.01)  # a simulated robot has nothing to show before System 1 runs
-    system2.self_test(plan.instruction)
-    _say(ready="system2", digest=policy.digest, limits_sha256=limits.sha256)
-    period = round(1e9 / plan.policy_hz)
-    while not stop.asked:
-        now, _ = realtime.pace(shared.status2, period)
-        if now - shared.commands[HEARTBEAT] > HEARTBEAT_LIMIT_NS and stop.orphaned():
-            return
-        system2.tick(now, plan.instruction, override)
-
-
 def main(argv: list[str]) -> int:
     """Entry of a child process."""
-    role, fd = argv[1], int(argv[2])
+    from flywheel.edge import roles
+
+    role, fd, place, generation = argv[1], int(argv[2]), argv[3], int(argv[4])
     plan = Plan.model_validate_json(sys.stdin.read())
     shared = Shared(plan, Arena(fd, Shared.nbytes(plan)))
     try:
-        {"system1": run_system1, "system2": run_system2}[role](plan, shared)
+        roles.ROLES[role](plan, shared, shared.places[place], generation)
     except FlywheelError as e:
         print(f"{role}: {e}", file=sys.stderr)
-        _say(error=str(e))
+        shared.places[place].tell(error=str(e)[:2000])
         return EXIT_BAD_PLAN
     return 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from flywheel.edge.compiled import compiled
+from flywheel.edge.compiled import compiled, words_at
 
 Words = npt.NDArray[np.int64]
 
@@ -54,6 +54,7 @@ class Privileges:
 
     fifo: bool
     locked: bool
+    awake: bool
     pinned: bool
     frozen: bool
     reasons: tuple[str, ...]
@@ -66,10 +67,11 @@ class Privileges:
 def claim(priority: int, cpu: int | None) -> Privileges:
     """Make this process as real-time as it may be: SCHED_FIFO, mlockall, one core, collector off.
 
-    Whatever is refused is reported and does without; the loop runs the same, only later.
+    Whatever is refused is reported and does without; the loop runs the same, only later. Where the kernel
+    lets it, the cores stay out of idle states that take long to wake from (as cyclictest asks for, too).
     """
     reasons = []
-    fifo = locked = pinned = False
+    fifo = locked = awake = pinned = False
     if priority > 0:
         try:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
@@ -81,6 +83,11 @@ def claim(priority: int, cpu: int | None) -> Privileges:
         locked = True
     except OSError as e:
         reasons.append(f"mlockall: {e.strerror}; allow it with LimitMEMLOCK=infinity or CAP_IPC_LOCK")
+    try:
+        stay_awake()
+        awake = True
+    except OSError as e:
+        reasons.append(f"/dev/cpu_dma_latency: {e.strerror}; cores may wake up late from deep idle states")
     if cpu is not None:
         try:
             os.sched_setaffinity(0, {cpu})
@@ -90,7 +97,15 @@ def claim(priority: int, cpu: int | None) -> Privileges:
     gc.collect()
     gc.freeze()
     gc.disable()
-    return Privileges(fifo, locked, pinned, True, tuple(reasons))
+    return Privileges(fifo, locked, awake, pinned, True, tuple(reasons))
+
+
+def stay_awake() -> None:
+    """Keep the cores out of idle states that take time to leave; raises OSError where that is not permitted.
+
+    In force as long as the file is open, which is never closed (Documentation/power/pm_qos_interface.rst).
+    """
+    os.write(os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC), bytes(4))
 
 
 def lock_memory() -> None:
@@ -143,3 +158,9 @@ def pace(status: Words, period_ns: int) -> tuple[int, int]:
         status[RUN] = 0
     status[TICKS] += 1
     return now, late
+
+
+@compiled
+def pace_at(address: int, period_ns: int) -> tuple[int, int]:
+    """``pace`` for a loop that must not allocate: ``address`` is that of the status words."""
+    return pace(words_at(address, 1, STATUS_WORDS)[0], period_ns)

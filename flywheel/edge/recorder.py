@@ -13,29 +13,32 @@ task           start               instruction, seed, shift (all optional): an a
 task           end                 outcome (``schema.Outcome``), by ("policy" | "operator")
 trigger        ``TriggerKind``     anything; becomes the detail of the trigger in the manifest
 intervention   on                  the operator takes over
+operator       success | failure   a key that the operator pressed
+policy         rejected            reason: System 2 made a chunk that may not be followed
+policy         ood_score           score: how unlike the training data the scene is
+plant          any                 a signal of the plant, or of the robot's own processes
 =============  ==================  ===================================================================
 
-It triggers by itself on a policy's attempt that ends badly, a stop (control rows), a tracking error (control
-rows), an intervention (frames or event) and on a sample of attempts that end well.
-
-Windows. One episode holds one attempt and its correction: it begins ``pre_s`` before the trigger, but not
-before the attempt; it ends ``post_s`` after it, while an operator is at work ``tail_s`` after he lets go, but
-not after the next attempt began nor longer than ``max_episode_s``. A trigger within a window joins it. What
-comes after gets a window that begins where the last one ended, so that nothing is recorded twice and
-nothing falls between.
+It triggers by itself on a policy's attempt that ends badly, a stop, a tracking error, a lost grasp and a
+missing chunk (control rows), an intervention (frames or event) and on a sample of attempts that end well:
+see ``triggers``; ``rules`` says how each kind is debounced. Which time is recorded: see ``windows``.
 
 What a ring says of one instant counts in the order in which it says it: "task end", then "task start" at the
 same ``t_ns`` is how one attempt follows another at once.
+
+Killed at any instruction it goes on where it was: the rings lie in memory that outlives it, and so does its
+``Journal``, which is written at the end of each ``poll``. The next recorder looks at the rows since then as
+this one would have, reads again what the rings still hold of open windows, and counts as lost what they do
+not. Names of episodes follow from robot, boot and trigger, so that what is sealed again has the same one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,16 +46,21 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel.config import RecorderSettings
+from flywheel.edge.campaigns import Campaign, CampaignWatch, only_cameras, watches
 from flywheel.edge.history import History, Shape, Source, text
+from flywheel.edge.journal import Journal
 from flywheel.edge.link import Ring
 from flywheel.edge.rows import Rings
-from flywheel.edge.spool import Stop, priority
+from flywheel.edge.sealer import UNSEALED_MAX, Ready, RecorderStatus, Sealer
+from flywheel.edge.spool import Stop
 from flywheel.edge.triggers import Detector, Happening, What, outcome_by, outcome_of
-from flywheel.episode import as_array, new_episode_id, seal, sweep
-from flywheel.schema import EVENTS_SCHEMA, Manifest, Trigger, TriggerKind
+from flywheel.edge.windows import Window, Windows
+from flywheel.episode import as_array, commit, new_episode_id, prepared, sweep
+from flywheel.schema import EVENTS_SCHEMA, Manifest
 
-UNSEALED_MAX = 8  # episodes kept in memory while the disk refuses them
-RETRY_NS = 1_000_000_000
+__all__ = ["UNSEALED_MAX", "Identity", "Recorder", "RecorderStatus", "run"]
+
+_JOURNAL_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -69,61 +77,14 @@ class Identity:
     shift: str = ""
 
 
-@dataclass
-class RecorderStatus:
-    """Counts since the start. ``suppressed``: triggers too soon after their like; ``refused``: episodes that
-    are in memory because the disk does not take them; ``abandoned``: those lost because there were too many;
-    ``why``: the disk's last answer."""
-
-    sealed: int = 0
-    suppressed: int = 0
-    refused: int = 0
-    abandoned: int = 0
-    why: str = ""
-
-
-@dataclass
-class _Window:
-    """A recording under way: [start, end), which may still move up to ``ceiling``."""
-
-    start: int
-    end: int
-    ceiling: int
-    triggers: list[Trigger]
-    about: dict[str, Any]  # the attempt
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    start: int
-    about: dict[str, Any]
-
-
-@dataclass(eq=False)
-class _Ready:
-    """Complete, but not on disk yet."""
-
-    draft: Manifest
-    tables: tuple[pa.Table, pa.Table, pa.Table]
-
-
-@dataclass
-class _Sealed:
-    """What became of a batch: on disk, or refused by the disk and why."""
-
-    sealed: list[Manifest]
-    left: list[_Ready]
-    why: str = ""
-
-
 class Recorder:
     """Reads the rings of one robot and seals episodes into ``directory``.
 
-    ``seed`` makes episode ids repeatable (lockstep); None draws them at random. ``more_events`` are rings of
-    further processes that log events. ``make_room(nbytes, priority)`` is asked when the disk is full.
-    ``background`` seals in a thread, for a caller that must not wait for the disk: the same bytes, but
-    ``poll`` tells of an episode later. There must be one recorder to a directory: it removes what a crashed
-    one left half-written.
+    ``seed`` makes episode ids follow from the content (lockstep); None from robot, boot and trigger.
+    ``more_events`` are rings of further processes that log events. ``make_room(nbytes, priority)`` is asked
+    when the disk is full. ``background`` seals in a thread, for a caller that must not wait for the disk: the
+    same bytes, but ``poll`` tells of an episode later. ``journal`` lies beside the rings, for a recorder that
+    may be killed. There must be one recorder to a directory.
     """
 
     def __init__(
@@ -137,31 +98,106 @@ class Recorder:
         more_events: Sequence[Ring] = (),
         make_room: Callable[[int, int], object] = lambda nbytes, priority: None,
         background: bool = False,
+        journal: Journal | None = None,
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
+        if journal is not None and seed is not None:
+            raise ValueError("seed is for lockstep, where no recorder is killed; leave out seed or journal")
         directory.mkdir(parents=True, exist_ok=True)
-        sweep(directory)
         self.status = RecorderStatus()
         self._directory, self._identity, self._seed = directory, identity, seed
-        self._make_room, self._step = make_room, step
-        self._pre, self._post, self._tail = map(_ns, (settings.pre_s, settings.post_s, settings.tail_s))
-        self._max, self._settle = _ns(settings.max_episode_s), _ns(settings.settle_s)
-        self._min_interval = _ns(settings.min_interval_s)
-        self._rng = np.random.default_rng(seed)
-        self._control, self._frames = Source(rings.control), Source(rings.frames)
-        self._events = [Source(r) for r in (rings.events, *more_events)]
+        self._journal, self._step = journal, step
+        self._rings, self._event_rings = rings, (rings.events, *more_events)
+        self._boot = uuid.uuid4().hex if seed is None else str(seed)
+        self._windows = Windows(settings)
+        self._watches: list[CampaignWatch] = []
         self._shape = Shape(rings)
-        self._history = History(self._shape)
-        self._attempts: deque[_Attempt] = deque()
-        self._windows: list[_Window] = []
-        self._ready: list[_Ready] = []
-        self._thread = ThreadPoolExecutor(1, "seal") if background else None
-        self._sealing: Future[_Sealed] | None = None
-        self._retry_ns = 0
-        self._recorded_to: int | None = None
-        self._fired: dict[TriggerKind, int] = {}
-        self._detector = Detector(settings, self._rng)
-        self._operator_ns: int | None = None  # the last frame in which the operator was in control
+        memory = round(settings.memory_mb * 1e6)
+        self._history = History(self._shape, memory)
+        self._sealer = Sealer(directory, self.status, make_room, self._save, memory, background, step)
+        state = self._last_words()
+        self._closed = [Window.of(w) for w in state["closed"]] if state is not None else []
+        if state is not None:
+            self._boot = state["boot"]
+            self._identity = replace(identity, clock_epoch_ns=state["epoch_ns"])
+            self._windows.restore(state["windows"])
+            self.status.resumed = True
+        self.detector = Detector(settings, f"{identity.site}/{identity.robot}/{self._boot}")
+        self._campaigns: dict[str, int] = {} if state is None else state["campaigns"]
+        self._open_sources(state)
+        self._finish_prepared()
+
+    # ── going on after a kill ────────────────────────────────────────────────────────────────────────
+
+    def _last_words(self) -> dict[str, Any] | None:
+        """What the recorder before this one knew; None if there was none, or it read other rings."""
+        state = self._journal.load() if self._journal is not None else None
+        if state is None or state["version"] != _JOURNAL_VERSION:
+            return None
+        mine = state["seen"]["events"]
+        if len(mine) != len(self._event_rings) or state["seen"]["control"] > self._rings.control.written:
+            return None
+        return state
+
+    def _open_sources(self, state: dict[str, Any] | None) -> None:
+        rings, history = self._rings, self._history
+        if state is None:
+            self._control, self._frames = Source(rings.control), Source(rings.frames)
+            self._events = [Source(r) for r in self._event_rings]
+            return
+        seen, began = state["seen"], state["began"]
+        self._control = Source(rings.control, seen["control"], began["control"])
+        self._frames = Source(rings.frames, seen["frames"], began["frames"])
+        self._events = [
+            Source(r, n, min(n, r.written - r.capacity + 1))
+            for r, n in zip(self._event_rings, seen["events"], strict=True)
+        ]
+        history.resume(self._windows.first_ns, state["first_frame_ns"])
+        self.detector.restore(state["detector"])
+
+    def _finish_prepared(self) -> None:
+        """Complete what the one before had written, and remove what it had not."""
+        done = prepared(self._directory)
+        if self._journal is not None and done:
+            spans = {m.episode_id: m.window_ns for m in done}
+            self._closed = [w for w in self._closed if self._name(w) not in spans]
+            for window in list(self._windows.open):
+                if (span := spans.get(self._name(window))) is not None:
+                    self._windows.done(window, span[1])
+            self._save()
+        for manifest in done:
+            commit(self._directory, manifest, self._step)
+        sweep(self._directory)
+
+    def _save(self) -> None:
+        """Write down everything that the next recorder must know."""
+        if self._journal is None:
+            return
+        self._step("save")
+        state: dict[str, Any] = {
+            "version": _JOURNAL_VERSION,
+            "boot": self._boot,
+            "epoch_ns": self._identity.clock_epoch_ns,
+            "seen": {
+                "control": self._control.seen,
+                "frames": self._frames.seen,
+                "events": [s.seen for s in self._events],
+            },
+            "began": {"control": self._control.began, "frames": self._frames.began},
+            "first_frame_ns": self._history.first_frame_ns,
+            "windows": self._windows.state(),
+            "closed": [w.as_dict() for w in (*self._closed, *self._sealer.waiting())],
+            "detector": self.detector.state(),
+            "campaigns": self.campaigns(),
+        }
+        if not self._journal.save(state):
+            for window in (*state["windows"]["open"], *state["closed"]):
+                for trigger in window["triggers"]:
+                    trigger["detail"] = {}
+            if not self._journal.save(state):
+                self.status.why = "the journal is too small for what is being recorded"
+
+    # ── recording ────────────────────────────────────────────────────────────────────────────────────
 
     def poll(self, now_ns: int) -> list[Manifest]:
         """Take what is new from the rings; seal what is complete. Returns what was sealed.
@@ -169,131 +205,102 @@ class Recorder:
         To be called more often than the rings wrap. A full disk is no error here: the episode stays in
         memory and is tried again (see ``status``).
         """
-        for h in self._take():
-            if h.what == What.ATTEMPT:
-                self._begin_attempt(h.t_ns, h.detail)
-            elif h.what == What.OPERATOR:
-                self._operator(h.t_ns)
-            elif h.kind is not None:
-                self._fire(h.t_ns, h.kind, h.detail)
-        while self._windows and now_ns >= self._windows[0].end + self._settle:
-            self._complete(self._windows.pop(0))
-        oldest = min((w.start for w in self._windows), default=now_ns)
-        self._history.forget(min(oldest, now_ns - self._pre - self._settle))
-        while len(self._attempts) > 1 and self._attempts[1].start < now_ns - self._pre - self._max:
-            self._attempts.popleft()
-        return self._seal(now_ns) if now_ns >= self._retry_ns else []
+        self._look()
+        self._save()  # what was seen stays seen, whatever sealing comes to
+        closed, self._closed = self._closed, []
+        for window in (*closed, *self._windows.due(now_ns, self._rows_to())):
+            self._complete(window)
+        self._history.forget(self._windows.needed_from(now_ns))
+        sealed = self._sealer.seal(now_ns)
+        self._save()
+        return sealed
 
     def finish(self, now_ns: int) -> list[Manifest]:
         """The end: take what is left and seal what is open, shorter than asked for if need be."""
         sealed = self.poll(now_ns)
         self._history.close(now_ns)
-        for window in self._windows:
-            window.end = max(min(window.end, now_ns), window.start)
+        for window in self._windows.end_all(now_ns):
             self._complete(window)
-        self._windows.clear()
         for _ in range(2):  # what was under way, then the rest
-            sealed += self._seal(now_ns, wait=True)
+            sealed += self._sealer.seal(now_ns, wait=True)
+        self._save()
         return sealed
+
+    @property
+    def epoch_ns(self) -> int:
+        """UTC at ``t_ns = 0``."""
+        return self._identity.clock_epoch_ns
+
+    def request(self, start_ns: int, end_ns: int, detail: dict[str, Any]) -> bool:
+        """Record a window that somebody asked for, as far as its rows are here or still to come, and in no
+        episode yet; False if nothing of it is."""
+        oldest = self._history.oldest_ns
+        start = start_ns if oldest is None else max(start_ns, oldest)
+        return end_ns > start and self._windows.ask(start, end_ns, detail)
+
+    def set_campaigns(self, campaigns: Iterable[Campaign], now_unix_ns: int) -> None:
+        """What else to record, as verified; those that went on before go on counting."""
+        self._campaigns = self.campaigns()
+        running = {w.campaign.campaign_id: w for w in self._watches}
+        wanted = watches(campaigns, self._identity.robot, now_unix_ns, self._campaigns)
+        self._watches = [
+            old if (old := running.get(w.campaign.campaign_id)) and old.campaign == w.campaign else w
+            for w in wanted
+        ]
+        self.detector.watches = list(self._watches)
+
+    def campaigns(self) -> dict[str, int]:
+        """How often the condition of each campaign was met, by id: what the robot reports."""
+        return self._campaigns | {w.campaign.campaign_id: w.count for w in self._watches}
+
+    def _rows_to(self) -> int | None:
+        """The next row will be of this time or later."""
+        last = self._history.last_ns
+        return None if last is None else last + round(1.5e9 / self._identity.control_hz)
+
+    def _look(self) -> None:
+        for h in self._take():
+            if h.what == What.ATTEMPT:
+                self._windows.begin_attempt(h.t_ns, h.detail)
+            elif h.what == What.OPERATOR:
+                self._windows.operator(h.t_ns)
+            elif h.kind is not None:
+                self._windows.fire(h)
+        self.status.suppressed = self._windows.suppressed
 
     def _take(self) -> list[Happening]:
         """Everything new, remembered and looked at, in order of time; of one instant, events first."""
         found: list[Happening] = []
         for source in self._events:
-            rows, missed = source.poll()
-            if missed:
-                self._history.lose(int(rows["t_ns"][0]), missed)
-            for row in rows:
+            news = source.poll()
+            if news.missed:
+                self._history.lose(int(news.rows["t_ns"][0]), news.missed)
+            for i, row in enumerate(news.rows):
                 event = {"t_ns": int(row["t_ns"])} | {n: text(row[n]) for n in ("kind", "name", "detail")}
                 self._history.add_event(event)
-                if (happening := self._detector.event(event)) is not None:
-                    found.append(happening)
-        rows, missed = self._control.poll()
-        if len(rows):
-            self._history.add_control(rows, missed)
-            found += self._detector.control(rows)
-        rows, missed = self._frames.poll()
-        if len(rows):
-            self._history.add_frames(rows, missed)
-            found += self._detector.frames(rows)
+                if i >= news.fresh:
+                    found += self.detector.event(event)
+        news = self._control.poll()
+        if len(news.rows):
+            self._history.add_control(news.rows, news.missed)
+            self._windows.first_ns = self._history.first_ns
+            if news.fresh < len(news.rows):
+                found += self.detector.control(news.rows[news.fresh :])
+        news = self._frames.poll()
+        if len(news.rows):
+            self._history.add_frames(news.rows, news.missed, self._rings.frames)
+            self.status.overflow = self._history.overflow
+            if news.fresh < len(news.rows):
+                found += self.detector.frames(news.rows[news.fresh :])
+        found += self.detector.verdicts()
         return sorted(found, key=lambda h: h.t_ns)
 
-    # ── windows ──────────────────────────────────────────────────────────────────────────────────────
-
-    def _begin_attempt(self, t_ns: int, about: dict[str, Any]) -> None:
-        self._attempts.append(_Attempt(t_ns, about))
-        self._fired.clear()  # what chattered in the last attempt may be the failure of this one
-        for window in self._windows:
-            if window.triggers[0].t_ns <= t_ns:
-                _lower(window, t_ns)
-
-    def _operator(self, t_ns: int) -> None:
-        """A frame with the operator in control: it begins an intervention, or holds the window open."""
-        last, self._operator_ns = self._operator_ns, t_ns
-        going_on = last is not None and t_ns - last <= self._tail
-        window = self._around(t_ns)
-        if window is None or not going_on:
-            # One that outlasts its window goes on in a window of its own.
-            detail = {"continued": True} if going_on else {}
-            self._fire(t_ns, TriggerKind.INTERVENTION, detail, always=window is None)
-            window = self._around(t_ns)
-        if window is not None:
-            window.end = max(window.end, min(t_ns + self._tail, window.ceiling))
-
-    def _around(self, t_ns: int) -> _Window | None:
-        return next((w for w in self._windows if w.start <= t_ns < w.end), None)
-
-    def _fire(self, t_ns: int, kind: TriggerKind, detail: dict[str, Any], always: bool = False) -> None:
-        last = self._fired.get(kind)
-        if last == t_ns:
-            return  # the same, told by two sources
-        if not always and last is not None and t_ns - last < self._min_interval:
-            self.status.suppressed += 1
-            return
-        self._fired[kind] = t_ns
-        trigger = Trigger(kind=kind, t_ns=t_ns, detail=detail)
-        if (window := self._around(t_ns)) is not None:
-            if kind != TriggerKind.BASELINE:
-                window.triggers.append(trigger)
-                window.end = max(window.end, min(t_ns + self._post, window.ceiling))
-            return
-        attempt, following = self._attempt(t_ns)
-        since = attempt.start if attempt is not None else None
-        known = (since, self._recorded_to, self._history.first_ns)
-        earlier = [w.end for w in self._windows if w.end <= t_ns] + [t for t in known if t is not None]
-        start = max([t_ns - self._pre, *earlier])
-        later = [w.start for w in self._windows if w.start > t_ns]
-        later += [following] if following is not None else []
-        ceiling = min([start + self._max, *later])
-        end = min(t_ns + self._post, ceiling)
-        if end > start:
-            for w in self._windows:
-                if w.start < start:
-                    _lower(w, start)
-            about = attempt.about if attempt is not None else {}
-            self._windows.append(_Window(start, end, ceiling, [trigger], about))
-            self._windows.sort(key=lambda w: w.start)
-        else:
-            self.status.suppressed += 1  # came so late that its whole window is in an episode already
-
-    def _attempt(self, t_ns: int) -> tuple[_Attempt | None, int | None]:
-        """The attempt under way at a time, and when the next one began."""
-        current, following = None, None
-        for a in self._attempts:
-            if a.start <= t_ns:
-                current = a
-            elif following is None:
-                following = a.start
-        return current, following
-
-    # ── sealing ──────────────────────────────────────────────────────────────────────────────────────
-
-    def _complete(self, window: _Window) -> None:
+    def _complete(self, window: Window) -> None:
         """Take a window out of the history."""
-        self._recorded_to = max(window.end, self._recorded_to or window.end)
         history = self._history
         control, frames = history.control(window.start, window.end), history.frames(window.start, window.end)
-        if not control.num_rows and not frames.num_rows:
+        drops = history.lost(window.start, window.end)
+        if not control.num_rows and not frames.num_rows and not drops:
             self.status.suppressed += 1
             return
         events = history.events(window.start, window.end)
@@ -302,13 +309,17 @@ class Recorder:
         instructions = frames.column("instruction").unique().to_pylist()
         digests = frames.column("policy_digest").unique().to_pylist()
         me, shape = self._identity, self._shape
+        cameras = only_cameras(window.triggers, shape.cameras)
+        if cameras != shape.cameras:
+            left_out = [f"image.{c}" for c in shape.cameras if c not in cameras]
+            frames = frames.drop_columns(left_out)
         seed = about.get("seed")
         draft = Manifest(
-            episode_id=new_episode_id(me.clock_epoch_ns + first.t_ns, self._id_rng(window, control, frames)),
+            episode_id=self._name(window, control, frames),
             site=me.site,
             robot=me.robot,
             joints=shape.joints,
-            cameras=shape.cameras,
+            cameras=cameras,
             state_dim=shape.state_dim,
             action_dim=shape.action_dim,
             chunk=shape.chunk,
@@ -325,63 +336,27 @@ class Recorder:
             runtime_version=me.runtime_version,
             clock=me.clock,
             clock_epoch_ns=me.clock_epoch_ns,
-            drops=history.lost(window.start, window.end),
+            drops=drops,
             files=(),
         )
-        self._ready.append(_Ready(draft, (control, frames, pa.Table.from_pylist(events, EVENTS_SCHEMA))))
+        tables = (control, frames, pa.Table.from_pylist(events, EVENTS_SCHEMA))
+        self._sealer.ready.append(Ready(draft, tables, window))
 
-    def _id_rng(self, window: _Window, control: pa.Table, frames: pa.Table) -> np.random.Generator:
-        """In a repeatable run the id follows from the content: the same for the same, else another."""
-        if self._seed is None:
-            return self._rng
-        me = self._identity
-        h = hashlib.sha256(f"{me.site}/{me.robot}/{me.clock_epoch_ns}/{self._seed}/{window}".encode())
-        for table, name in ((control, "t_ns"), (control, "q"), (control, "tau"), (frames, "action")):
-            h.update(np.ascontiguousarray(as_array(table, name)))
-        h.update("".join(frames.column("policy_digest").unique().to_pylist()).encode())
-        return np.random.default_rng(int.from_bytes(h.digest()))
+    def _name(self, window: Window, *tables: pa.Table) -> str:
+        """The episode's id: of robot, boot and trigger, and so the same whenever this window is sealed.
 
-    def _seal(self, now_ns: int, wait: bool = False) -> list[Manifest]:
-        """Bring to disk what is ready, here or in the thread; keep what the disk does not take."""
-        if self._sealing is None and self._ready:
-            batch, self._ready = self._ready, []
-            if self._thread is not None:
-                self._sealing = self._thread.submit(self._write, batch)
-            else:
-                return self._settle_up(self._write(batch), now_ns)
-        if self._sealing is not None and (wait or self._sealing.done()):
-            done, self._sealing = self._sealing.result(), None
-            return self._settle_up(done, now_ns)
-        return []
-
-    def _write(self, batch: list[_Ready]) -> _Sealed:
-        done = _Sealed([], [])
-        for r in batch:
-            try:
-                try:
-                    manifest = seal(self._directory, r.draft, *r.tables, step=self._step)
-                except OSError:
-                    self._make_room(sum(t.nbytes for t in r.tables), priority(r.draft))
-                    manifest = seal(self._directory, r.draft, *r.tables, step=self._step)
-            except OSError as e:
-                done.left.append(r)
-                done.why = e.strerror or str(e)
-            else:
-                done.sealed.append(manifest)
-        return done
-
-    def _settle_up(self, done: _Sealed, now_ns: int) -> list[Manifest]:
-        status = self.status
-        self._ready = done.left + self._ready
-        if done.left:
-            status.why = done.why
-            self._retry_ns = now_ns + RETRY_NS
-        while len(self._ready) > UNSEALED_MAX:
-            self._ready.remove(min(self._ready, key=lambda r: (priority(r.draft), r.draft.episode_id)))
-            status.abandoned += 1
-        status.refused = min(len(done.left), len(self._ready))
-        status.sealed += len(done.sealed)
-        return done.sealed
+        In a run that is repeated from a seed, of the content: the same for the same, else another.
+        """
+        me, first = self._identity, window.triggers[0]
+        h = hashlib.sha256(f"{me.site}/{me.robot}/{self._boot}/{first.kind}/{first.t_ns}".encode())
+        if self._seed is not None:
+            control, frames = tables
+            h.update(f"{me.clock_epoch_ns}/{window}".encode())
+            for table, name in ((control, "t_ns"), (control, "q"), (control, "tau"), (frames, "action")):
+                h.update(np.ascontiguousarray(as_array(table, name)))
+            h.update("".join(frames.column("policy_digest").unique().to_pylist()).encode())
+        rng = np.random.default_rng(int.from_bytes(h.digest()))
+        return new_episode_id(me.clock_epoch_ns + first.t_ns, rng)
 
 
 def run(
@@ -395,12 +370,3 @@ def run(
         recorder.poll(clock_ns())
     recorder.finish(clock_ns())
     return recorder.status
-
-
-def _lower(window: _Window, ceiling: int) -> None:
-    window.ceiling = min(window.ceiling, ceiling)
-    window.end = min(window.end, window.ceiling)
-
-
-def _ns(seconds: float) -> int:
-    return round(seconds * 1e9)

@@ -1,7 +1,8 @@
 """The records that System 1 and System 2 put into rings, and the chunk that passes between them.
 
 Field names are those of ``flywheel.schema``; the types are wider where that keeps a record in whole words.
-Images and texts have a fixed capacity here and become variable in Parquet.
+Texts have a fixed capacity here and become variable in Parquet; pictures lie beside the records
+(``FrameRing``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flywheel.edge.images import FrameRing
 from flywheel.edge.link import Records, Ring, aligned
 from flywheel.schema import Bundle
 
@@ -58,17 +60,12 @@ def control_dtype(joints: int) -> np.dtype[np.void]:
     )
 
 
-def image_capacity(height: int, width: int) -> int:
-    """Bytes that a JPEG of this size does not exceed (measured: noise at quality 100, 4.3 bytes a pixel)."""
-    return 5 * height * width + 2048
-
-
 def frame_dtype(
     cameras: Mapping[str, tuple[int, int]], state: int, chunk: int, action: int
 ) -> np.dtype[np.void]:
     """``frames.parquet`` as System 2 writes it; ``cameras`` maps names to (height, width).
 
-    The JPEG of a camera is the first ``size.<camera>`` bytes of ``image.<camera>``.
+    The JPEG of a camera is ``size.<camera>`` bytes from ``at.<camera>`` of the ring (``FrameRing``).
     """
     return aligned(
         [
@@ -80,10 +77,20 @@ def frame_dtype(
             ("intervention", np.bool_),
             ("instruction", f"S{INSTRUCTION_BYTES}"),
             ("policy_digest", "S64"),
-            *((f"size.{c}", np.int32) for c in cameras),
-            *((f"image.{c}", np.uint8, (image_capacity(*hw),)) for c, hw in cameras.items()),
+            *((f"{word}.{c}", np.int64) for c in cameras for word in ("at", "size")),
         ]
     )
+
+
+def image_bytes(cameras: Mapping[str, tuple[int, int]], frames: int) -> int:
+    """Memory for the pictures of so many frames.
+
+    One byte a pixel and 2 kB a picture (measured, quality 90 without chroma subsampling: 0.1 to 0.5 bytes a
+    pixel; noise at quality 100 takes 4.3). Pictures that take more make the ring shorter, nothing else.
+    """
+    typical = sum(h * w + 2048 for h, w in cameras.values())
+    worst = sum(5 * h * w + 2048 for h, w in cameras.values())
+    return max(frames * typical, 4 * worst)
 
 
 def event_dtype() -> np.dtype[np.void]:
@@ -125,7 +132,7 @@ class Rings:
     """The three rings that a recorder polls."""
 
     control: Ring
-    frames: Ring
+    frames: FrameRing
     events: Ring
 
     @classmethod
@@ -142,6 +149,6 @@ class Rings:
         frame = frame_dtype(cameras, len(bundle.state_names), bundle.chunk, len(bundle.action_names))
         return cls(
             Ring(control_dtype(joints), control_rows),
-            Ring(frame, frame_rows),
+            FrameRing(frame, frame_rows, image_bytes(cameras, frame_rows)),
             Ring(event_dtype(), event_rows),
         )

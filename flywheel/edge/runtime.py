@@ -1,19 +1,17 @@
-"""The runtime on the wall clock: starts System 1 and System 2, watches them, and sums up what they did.
+"""The runtime on the wall clock: starts the processes of a robot, watches them, and sums up what they did.
 
 The supervisor is ordinary Python at ordinary priority. It may stall or be killed: System 1 sees its
-heartbeat go stale and ramps to rest; it ends if the supervisor is gone. System 2 may stall, crash or be
-killed: System 1 walks down the stale ladder, and the supervisor starts it again with growing pauses. Leaving
-``Wall``, by whatever way, ends both.
+heartbeat go stale and ramps to rest; another supervisor with the same state directory takes it over, and
+without one it ends. System 2 may stall, crash or be killed: System 1 walks down the stale ladder, and
+the supervisor starts System 2 again with growing pauses, or falls back to the previous policy. The recorder
+and the uploader only read. Leaving ``Wall``, by whatever way but SIGKILL, ends them all, System 1 at rest.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
+import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,142 +22,155 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from flywheel.edge import realtime
+from flywheel.edge.children import Child, Kept, ProcessRecord, Watched
 from flywheel.edge.figures import Figures, Quantiles, WallResult
-from flywheel.edge.link import Arena, Ring
-from flywheel.edge.lockstep import Recording
-from flywheel.edge.processes import EXIT_BAD_PLAN, Plan, Shared
+from flywheel.edge.handover import Found, RuntimeRecord, StateDirectory, boot_id
+from flywheel.edge.link import Arena, Ring, load
+from flywheel.edge.link import store as store_word
+from flywheel.edge.policies import Policies
+from flywheel.edge.processes import SUPERVISOR_PID, BundleRef, Plan, Shared
 from flywheel.edge.rows import EventLog, Rings, event_dtype
-from flywheel.edge.system1 import HEARTBEAT
+from flywheel.edge.safety import CATEGORY_2
+from flywheel.edge.supervision import SupervisionSettings
+from flywheel.edge.system1 import COMMAND, HEARTBEAT
 from flywheel.errors import BundleError, ConfigError, ServiceError
-from flywheel.schema import Bundle
+from flywheel.schema import Bundle, bundle_digest
 
-__all__ = ["Quantiles", "Wall", "WallResult", "read_bundle", "run_wall", "twin_plan"]
+__all__ = ["Quantiles", "Wall", "WallResult", "bundle_ref", "read_bundle", "run_wall", "twin_plan"]
 
-READY_S = 180.0  # the first start compiles the control law
 STEP_S = 0.05  # between two looks of the supervisor
-BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before System 2 is started again
+ORPHAN_S = 30.0  # how long a robot with a state directory waits for another supervisor
 # A twin on the wall clock: its physics lie in System 1's process, its eyes in System 2's.
 TWIN_ROBOT = "flywheel.robot.twin:wall_robot"
 TWIN_PERCEPTION = "flywheel.robot.twin:wall_perception"
-
-RecorderFactory = Callable[[Rings, Plan], Recording]
-
-
-class _Child:
-    """One child process and what it said."""
-
-    def __init__(self, role: str, plan: Plan, arena: Arena) -> None:
-        self.role = role
-        path = os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p)
-        one = {f"{lib}_NUM_THREADS": "1" for lib in ("OMP", "OPENBLAS", "MKL", "NUMBA")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flywheel.edge.processes", role, str(arena.fd)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(arena.fd,),
-            env={**os.environ, **one, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the supervisor, which ends its children in order
-        )
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(plan.to_bytes())
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # it is gone; ready() tells
-
-    def ready(self, timeout_s: float, beat: Callable[[], None]) -> dict[str, Any]:
-        """Wait for its first line; ``ServiceError`` or, for a bad plan, ``ConfigError`` says what it said."""
-        give_up = time.monotonic() + timeout_s
-        while time.monotonic() < give_up:
-            beat()
-            said = self.said(STEP_S)
-            if said is not None:
-                if "error" in said:
-                    raise ConfigError(f"{self.role}: {said['error']}")
-                if not said:
-                    code = self.process.wait()
-                    raise ServiceError(f"{self.role} ended at its start with code {code}; see its messages")
-                return said
-        raise ServiceError(f"{self.role} was not ready within {timeout_s:.0f} s")
-
-    def said(self, wait_s: float = 0.0) -> dict[str, Any] | None:
-        """A line that it said within ``wait_s``; None if there is none, empty if it will say no more."""
-        out = self.process.stdout
-        assert out is not None
-        if not select.select([out], [], [], wait_s)[0]:
-            return None
-        line = out.readline()
-        said: dict[str, Any] = json.loads(line) if line else {}
-        return said
-
-    def end(self, timeout_s: float) -> None:
-        """SIGTERM, then SIGKILL."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 class Wall:
     """A running robot; use as a context manager.
 
-    ``events`` are on ``rings.events``: mode changes, interventions, refused chunks, crashes. The clock is
-    CLOCK_MONOTONIC (``time.monotonic_ns``).
+    ``events`` are on ``rings.events``: mode changes, crashes, changes of policy; System 2's own are on
+    ``shared.events``. The clock is CLOCK_MONOTONIC (``time.monotonic_ns``). With ``state``, a directory of
+    this robot's own, a supervisor that follows a killed one takes over the running robot
+    (``taken_over``). ``told`` hears what a robot's disk should follow (see ``Policies``); ``previous`` is
+    what to fall back to from the first moment on, ``trial`` whether the plan's own bundle is on trial.
     """
 
-    def __init__(self, plan: Plan, recorder: RecorderFactory | None = None, restart: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        restart: bool = True,
+        state: Path | None = None,
+        told: Callable[[str, str, str], None] = lambda *_: None,
+        previous: BundleRef | None = None,
+        trial: bool = False,
+    ) -> None:
+        self._directory = None if state is None else StateDirectory(state)
+        try:
+            if state is not None and plan.orphan_s == 0.0:
+                plan = plan.model_copy(update={"orphan_s": ORPHAN_S})
+            record = None if self._directory is None else self._directory.read()
+            self._found = None if record is None else Found.look(record, plan)
+            if self._found is None and record is not None:
+                _sweep(record)
+        except BaseException:
+            if self._directory is not None:
+                self._directory.close()
+            raise
         self.plan = plan
-        self.restart = restart
-        self.restarts = 0
-        self.told: dict[str, dict[str, Any]] = {}
-        self._arena = Arena.create("flywheel-edge", Shared.nbytes(plan))
+        self.taken_over = self._found is not None
+        if self._found is not None:
+            self._arena = self._found.arena
+            self._arena_fd = self._found.record.arena_fd
+        else:
+            self._arena = Arena.create("flywheel-edge", Shared.nbytes(plan))
+            self._arena_fd = self._arena.fd
         self.shared = Shared(plan, self._arena)
-        self.rings = Rings(self.shared.control, self.shared.frames, Ring(event_dtype(), 256))
+        if self._found is None:
+            self.shared.sign(secrets.randbits(62) + 1)
+        self.rings = Rings(self.shared.control, self.shared.frames, self.shared.log)
         self.events = EventLog(self.rings.events)
-        self.recorder = None if recorder is None else recorder(self.rings, plan)
         self._stats = Figures(self.shared, round(1e9 / plan.control_hz), self.events)
-        self._system1: _Child | None = None
-        self._system2: _Child | None = None
-        self._start_again_at = 0.0
+        self._system1: Watched | None = None
+        self.policies = Policies(plan, self.shared, self._arena, self._tell, restart, told, previous, trial)
+        self._kept: list[Kept] = []
+        if plan.recording is not None:
+            roles = ("recorder", "uploader") if plan.recording.upload else ("recorder",)
+            for role in roles:
+                tell = lambda name, detail: self._tell("plant", name, detail)  # noqa: E731
+                self._kept.append(Kept(role, plan.supervision, self._spawn, tell, beats=role == "recorder"))
         self._handler: Any = None
         _warm_up()
+
+    # ── what it says of itself ───────────────────────────────────────────────────────────────────────
 
     @property
     def system1_pid(self) -> int:
         """Process id of System 1."""
         assert self._system1 is not None
-        return self._system1.process.pid
+        return self._system1.child.pid
 
     @property
     def system2_pid(self) -> int:
-        """Process id of System 2, or of the last one if it is not running."""
-        assert self._system2 is not None
-        return self._system2.process.pid
+        """Process id of the acting System 2; 0 between two."""
+        return self.policies.acting.child.pid if self.policies.acting is not None else 0
+
+    def pid(self, role: str) -> int:
+        """Process id of the recorder or the uploader; 0 while it is not running."""
+        kept = next(k for k in self._kept if k.role == role)
+        return kept.watched.child.pid if kept.watched is not None else 0
+
+    @property
+    def restarts(self) -> int:
+        """How often System 2 was started again."""
+        return self.policies.restarts
+
+    @property
+    def told(self) -> dict[str, dict[str, Any]]:
+        """What each process last said of itself."""
+        said = {} if self._system1 is None else {"system1": self._system1.said}
+        if self.policies.acting is not None:
+            said["system2"] = {"digest": self.policies.loaded, **self.policies.acting.said}
+        elif self.policies.loaded:
+            said["system2"] = {"digest": self.policies.loaded}
+        return said | {k.role: k.watched.said for k in self._kept if k.watched is not None}
+
+    def status(self) -> dict[str, Any]:
+        """The robot now, for its report, its metrics and the log."""
+        p = self.policies
+        return {
+            "mode": self._stats.mode.name.lower(),
+            "digest": p.loaded,
+            "previous": p.previous.digest if p.previous is not None else "",
+            "trial": p.trial,
+            "refused": p.refusal.digest if p.refusal is not None else "",
+            "refused_reason": p.refusal.reason if p.refusal is not None else "",
+            "swaps": p.swaps,
+            "fall_backs": p.fall_backs,
+            "restarts": {"system2": p.restarts} | {k.role: k.restarts for k in self._kept},
+            "pids": {r.role if i else "system1": r.pid for i, r in enumerate(self._records())},
+            "recorder": self.told.get("recorder", {}),
+            "uploader": self.told.get("uploader", {}),
+        }
+
+    @property
+    def figures(self) -> Figures:
+        """What was summed up so far."""
+        return self._stats
+
+    # ── running ──────────────────────────────────────────────────────────────────────────────────────
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            self._beat()
-            self._system1 = _Child("system1", self.plan, self._arena)
-            if self.plan.perception:
-                self._system2 = _Child("system2", self.plan, self._arena)
-            for child in filter(None, (self._system1, self._system2)):
-                self.told[child.role] = child.ready(READY_S, self._beat)
-            used = {r: said["limits_sha256"] for r, said in self.told.items()}
-            if len(set(used.values())) != 1:
-                raise ConfigError(
-                    f"plan.limits={self.plan.limits!r} is not the file that the robot uses: sha256 {used}"
-                )
+            if self._found is not None:
+                self._take_over(self._found)
+            else:
+                self._start()
+            self._remember()
         except BaseException:
             self.close()
             raise
-        self._stats.skip()
         return self
 
     def __exit__(
@@ -182,50 +193,152 @@ class Wall:
         return self.result()
 
     def step(self) -> None:
-        """One look: heartbeat, rings, recorder, processes."""
+        """One look: heartbeat, rings, processes."""
         self._beat()
-        self._stats.take()
-        if self.recorder is not None:
-            self.recorder.poll(time.monotonic_ns())
+        infer_ms, invalid = self._stats.take()
+        now_s = time.monotonic()
         assert self._system1 is not None
-        code = self._system1.process.poll()
-        if code is not None:
-            raise ServiceError(f"System 1 ended with code {code}; see its messages")
-        if self._system2 is None:
-            return
-        code = self._system2.process.poll()
-        if said := self._system2.said():
-            self.told["system2"] = {**self.told["system2"], **said}
-        if code is None:
-            return
-        if self._start_again_at == 0.0:
-            self.events.add(time.monotonic_ns(), "plant", "system2_ended", {"code": code})
-            pause = BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)]
-            self._start_again_at = time.monotonic() + pause
-        if self.restart and code != EXIT_BAD_PLAN and time.monotonic() >= self._start_again_at:
-            self.restarts += 1
-            self._system2.end(0.0)
-            self._system2 = _Child("system2", self.plan, self._arena)
-            self._start_again_at = 0.0
+        if (why := self._system1.look(now_s)) is not None:
+            raise ServiceError(f"System 1 {why}; see its messages")
+        if self.plan.perception:
+            self.policies.step(now_s, infer_ms, invalid)
+        for kept in self._kept:
+            kept.step(now_s)
+        self._remember()
 
     def result(self) -> WallResult:
         """The figures so far."""
         return self._stats.result(self.told, self.restarts)
 
     def close(self) -> None:
-        """End both processes; System 1 comes to rest first. May be called twice."""
-        if self._system2 is not None:
-            self._system2.end(2.0)
+        """End every process; System 1 comes to rest first, and the recorder last. May be called twice."""
         if self._system1 is not None:
-            self._beat()
-            self._system1.end(5.0)
+            self.shared.commands[COMMAND] = CATEGORY_2  # before the chunks end, or that would be a fault
+        self.policies.close(2.0, self._beat)
+        if self._system1 is not None:
+            self._system1.child.end(5.0, self._beat)
+        for kept in self._kept:
+            if kept.watched is not None:
+                kept.watched.child.end(10.0)
+                kept.watched = None
         self._arena.close()
+        if self._directory is not None:
+            if self._system1 is not None:
+                self._directory.clear()
+            self._directory.close()
+            self._directory = None
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
 
+    # ── how ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self) -> None:
+        self._beat()
+        now_s = time.monotonic()
+        child = Child.start("system1", self.plan, self._arena, "system1", 0)
+        self._system1 = Watched(child, self.shared.places["system1"], self.plan.supervision, now_s)
+        waiting = [("system1", self._system1)]
+        if self.plan.perception:
+            self.policies.start(now_s)
+            assert self.policies.acting is not None
+            waiting.append(("system2", self.policies.acting))
+        for kept in self._kept:
+            kept.step(now_s)
+            assert kept.watched is not None
+            waiting.append((kept.role, kept.watched))
+        for role, watched in waiting:
+            while not watched.ready:
+                self._beat()
+                why = watched.look(time.monotonic())
+                if why is not None:
+                    error = watched.place.told(watched.child.pid).get("error")
+                    if error is not None:
+                        raise ConfigError(f"{role}: {error}")
+                    raise ServiceError(f"{role} {why} at its start; see its messages")
+                time.sleep(0.01)
+        used = {r: w.said["limits_sha256"] for r, w in waiting if "limits_sha256" in w.said}
+        if len(set(used.values())) != 1:
+            raise ConfigError(
+                f"plan.limits={self.plan.limits!r} is not the file that the robot uses: sha256 {used}"
+            )
+        self._stats.skip()
+
+    def _take_over(self, found: Found) -> None:
+        record = found.record
+        silent_ns = load(self.shared.commands, HEARTBEAT)
+        self._beat()
+        now_s = time.monotonic()
+        self._system1 = Watched(found.system1, self.shared.places["system1"], self.plan.supervision, now_s)
+        self._system1.look(now_s)
+        self._stats.resume(silent_ns)
+        self._tell("plant", "taken_over", {"silent_s": round((time.monotonic_ns() - silent_ns) * 1e-9, 3)})
+        if self.plan.perception:
+            self.policies.adopt(
+                now_s,
+                list(record.system2),
+                record.current,
+                record.previous,
+                record.refusal,
+                record.trial,
+            )
+            known = {record.current.digest, *(r.digest for r in (record.previous, record.refusal) if r)}
+            if self.plan.bundle_digest and self.plan.bundle_digest not in known:
+                self.policies.swap(self.plan.ref)
+        for kept in self._kept:
+            left = next((r for r in record.others if r.role == kept.role), None)
+            child = None if left is None else Child.adopt(left)
+            if child is not None:
+                place = self.shared.places[child.record.place]
+                kept.watched = Watched(child, place, self.plan.supervision, now_s)
+
+    def _spawn(self, role: str) -> Watched:
+        child = Child.start(role, self.plan, self._arena, role, 0)
+        return Watched(child, self.shared.places[role], self.plan.supervision, time.monotonic())
+
     def _beat(self) -> None:
+        store_word(self.shared.supervisor, SUPERVISOR_PID, os.getpid())
         self.shared.commands[HEARTBEAT] = time.monotonic_ns()
+
+    def _tell(self, kind: str, name: str, detail: dict[str, Any]) -> None:
+        self.events.add(time.monotonic_ns(), kind, name, detail)
+
+    def _records(self) -> list[ProcessRecord]:
+        assert self._system1 is not None
+        others = [k.watched.child.record for k in self._kept if k.watched is not None]
+        return [self._system1.child.record, *self.policies.records, *others]
+
+    def _remember(self) -> None:
+        """Leave behind what the next supervisor must know."""
+        if self._directory is None or self._system1 is None:
+            return
+        p = self.policies
+        have = os.fstat(self._arena.fd)
+        self._directory.write(
+            RuntimeRecord(
+                boot_id=boot_id(),
+                plan_sha256=self.plan.sha256,
+                arena_fd=self._arena_fd,
+                arena_inode=have.st_ino,
+                arena_bytes=have.st_size,
+                nonce=self.shared.nonce,
+                system1=self._system1.child.record,
+                system2=tuple(p.records),
+                others=tuple(k.watched.child.record for k in self._kept if k.watched is not None),
+                current=p.current,
+                previous=p.previous,
+                refusal=p.refusal,
+                trial=p.trial,
+            )
+        )
+
+
+def _sweep(record: RuntimeRecord) -> None:
+    """End what is left of a robot whose System 1 is gone."""
+    for left in (*record.system2, *record.others):
+        child = Child.adopt(left)
+        if child is not None:
+            child.end(2.0)
 
 
 def _warm_up() -> None:
@@ -233,6 +346,7 @@ def _warm_up() -> None:
     ring = Ring(event_dtype(), 2)
     ring.push(ring.record())
     ring.reader().poll()
+    store_word(ring.header, 1, load(ring.header, 1))
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -252,6 +366,19 @@ def read_bundle(directory: Path | str) -> Bundle:
         raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def bundle_ref(directory: Path | str, digest: str = "") -> BundleRef:
+    """A bundle on disk as it is now; with ``digest``, ``BundleError`` if its bytes have another one."""
+    path = Path(directory).absolute()
+    bundle = read_bundle(path)
+    try:
+        found = bundle_digest(path)
+    except OSError as e:
+        raise BundleError(f"{e.filename}: {e.strerror}") from None
+    if digest and found != digest:
+        raise BundleError(f"{path}: has digest {found}, expected {digest}")
+    return BundleRef(directory=str(path), digest=found, bundle=bundle)
+
+
 def run_wall(
     bundle: Path | str,
     shift: str = "lab",
@@ -261,10 +388,9 @@ def run_wall(
     policy_hz: float = 10.0,
     threads: int = 1,
     priority: int = 50,
-    recorder: RecorderFactory | None = None,
 ) -> WallResult:
     """Run a bundle on the twin in real time for ``seconds`` and say how it went."""
-    with Wall(twin_plan(bundle, shift, seed, control_hz, policy_hz, threads, priority), recorder) as wall:
+    with Wall(twin_plan(bundle, shift, seed, control_hz, policy_hz, threads, priority)) as wall:
         return wall.run(seconds)
 
 
@@ -276,24 +402,27 @@ def twin_plan(
     policy_hz: float = 10.0,
     threads: int = 1,
     priority: int = 50,
+    supervision: SupervisionSettings | None = None,
 ) -> Plan:
-    """The plan that runs a bundle on the twin."""
+    """The plan that runs a bundle on the twin; System 2 will run these very bytes and no others."""
     import flywheel.twin
     from flywheel.twin.cell import CAMERAS, JOINTS, Cell
     from flywheel.twin.shift import shift as named
 
+    ref = bundle_ref(bundle)
     cell = Cell(named(shift))
     cell.reset(seed)
     cpu, others = realtime.cores()
     return Plan(
         robot=TWIN_ROBOT,
         perception=TWIN_PERCEPTION,
-        args={"shift": shift, "seed": seed},
+        args={"shift": shift, "seed": seed, "control_hz": control_hz},
         joints=JOINTS,
         cameras={name: (side, side) for name, side in CAMERAS.items()},
         limits=str(Path(flywheel.twin.__file__).parent / "limits.yaml"),
-        bundle_dir=str(Path(bundle).absolute()),
-        bundle=read_bundle(bundle),
+        bundle_dir=ref.directory,
+        bundle=ref.bundle,
+        bundle_digest=ref.digest,
         instruction=cell.instruction,
         control_hz=control_hz,
         policy_hz=policy_hz,
@@ -301,4 +430,5 @@ def twin_plan(
         priority=priority,
         cpu=cpu,
         others=tuple(sorted(others)),
+        supervision=supervision or SupervisionSettings(),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +30,8 @@ FloatArray = npt.NDArray[np.float64]
 # Rows of ``SafetyLimits.table()`` [6, joints].
 LOWER, UPPER, VELOCITY, ACCELERATION, JERK, TORQUE = range(6)
 # Entries of ``SafetyLimits.scalars()``.
-TRACKING, MARGIN, OVERSPEED, TOOL_SPEED, WORKSPACE_LOWER, WORKSPACE_UPPER, SCALARS = 0, 1, 2, 3, 4, 7, 10
+TRACKING, MARGIN, OVERSPEED, TOOL_SPEED, WORKSPACE_LOWER, WORKSPACE_UPPER = 0, 1, 2, 3, 4, 7
+KEEP_AWAY, TO_REST, CONTACT_SPEED, SCALARS = 10, 11, 12, 13
 # Entries of ``SafetyLimits.times()``.
 CARRY_NS, RAMP_NS, HOLD_NS, STOP_NS, MAX_AGE_NS, RECOVER, RECOVER_FALLBACK, PROTECTIVE = range(8)
 # Severity of a stop: IEC 60204-1, 9.2.2, categories 2, 1 and 0.
@@ -43,9 +45,13 @@ _NOT_FINITE, _TRACKING, _PROTECTIVE = (
     int(Limit.TRACKING_ERROR),
     int(Limit.PROTECTIVE_STOP),
 )
+_SEPARATION, _CONTACT = int(Limit.SEPARATION), int(Limit.CONTACT)
 CHUNK_SLACK = 0.2  # rad out of range: up to it a waypoint is pulled in, beyond it the chunk is refused
 
+SLOWER = 0.9  # of the tool speed that a person's nearness allows, the reference aims for
+
 Positive = Annotated[float, Field(gt=0)]
+Metres = Annotated[float, Field(ge=0, le=10)]
 Seconds = Annotated[float, Field(gt=0, le=60)]
 Point = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
@@ -105,8 +111,65 @@ class Ladder(_Clause):
     recover_fallback_chunks: Annotated[int, Field(ge=1, le=100)]
 
 
+class Separation(_Clause):
+    """Speed and separation monitoring: how far a person must be for the speed that the tool has.
+
+    ISO/TS 15066:2016, 5.5.4.2.3, formula (1): S_p = S_h + S_r + S_s + C + Z_d + Z_r, with what the person
+    walks until the robot stands, S_h = v_h (T_r + T_s), what the robot travels before it brakes,
+    S_r = v_r T_r, and while it brakes, S_s ≤ v_r T_s (an upper bound: braking only slows it down). For an
+    account of the terms in public see Marvel and Norcross, Robotics and Computer-Integrated Manufacturing
+    44 (2017). v_r is the tool's speed whatever its direction. ISO 13855 gives v_h = 1.6 m/s for a person
+    whose speed is not measured. A distance that nobody reports (NaN) is a protective stop, inf a free cell.
+    """
+
+    human_speed_m_s: Positive  # v_h
+    reaction_s: Seconds  # T_r, from the person's movement to the start of braking: sensor, network, control
+    stopping_s: Seconds  # T_s, from the start of braking at full speed to rest
+    intrusion_m: Metres  # C, how far a part of the body can reach before it is detected
+    sensor_m: Metres  # Z_d, uncertainty of the person's position
+    robot_m: Metres  # Z_r, uncertainty of the robot's position
+
+
+class Region(Strict):
+    """A region of the body that the tool may touch, with the values of the standard's tables for it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    force_n: Positive  # greatest permissible force of a transient contact
+    pressure_n_cm2: Positive  # greatest permissible pressure of a transient contact
+    stiffness_n_m: Positive  # effective spring constant k
+    mass_kg: Positive  # effective mass m_H
+
+
+class Contact(_Clause):
+    """Power and force limiting: how fast a contact may be that hurts nobody.
+
+    ISO/TS 15066:2016, Annex A.3: a contact at v_rel transfers at most the energy that the body's spring takes
+    up at the permissible force, F² / 2k = μ v_rel² / 2, so v_rel = F / √(μ k) with 1/μ = 1/m_H + 1/m_R and
+    m_R = M/2 + m_L. F is the lesser of the permissible force and the permissible pressure times the area.
+    """
+
+    moving_mass_kg: Positive  # M, of the robot's moving parts
+    payload_kg: Annotated[float, Field(ge=0)]  # m_L, tool and workpiece
+    area_cm2: Positive  # smallest contact area of tool and workpiece
+    regions: Annotated[tuple[Region, ...], Field(min_length=1)]
+
+    @property
+    def speed(self) -> float:
+        """Greatest tool speed, m/s: that of the most sensitive region."""
+        robot = 0.5 * self.moving_mass_kg + self.payload_kg
+        return min(
+            min(r.force_n, r.pressure_n_cm2 * self.area_cm2)
+            / sqrt(r.stiffness_n_m / (1.0 / r.mass_kg + 1.0 / robot))
+            for r in self.regions
+        )
+
+
 class SafetyLimits(Strict):
-    """One robot's limits: rad, rad/s, rad/s², rad/s³, N·m, m, m/s."""
+    """One robot's limits: rad, rad/s, rad/s², rad/s³, N·m, m, m/s.
+
+    ``separation`` and ``contact`` are for robots that people come near to; without them they are off. Each
+    holds on its own: with both, the lower speed.
+    """
 
     schema_version: Literal[1]
     robot: str
@@ -119,6 +182,8 @@ class SafetyLimits(Strict):
     tracking_error: Single  # rad, any joint
     tool_speed: Single | None  # null: this robot's tool speed is not checked
     workspace: Box | None
+    separation: Separation | None = None
+    contact: Contact | None = None
     stops: Stops
     ladder: Ladder
     _sha256: str = PrivateAttr("")
@@ -140,6 +205,9 @@ class SafetyLimits(Strict):
             for i, (a, b) in enumerate(zip(lower, upper, strict=True)):
                 if a >= b:
                     raise ValueError(f"{name}.lower[{i}]={a} must lie below {name}.upper[{i}]={b}")
+        for name in ("separation", "contact"):
+            if getattr(self, name) is not None and self.tool_speed is None:
+                raise ValueError(f"{name} limits the tool's speed: it needs tool_speed, which is null")
         return self
 
     @classmethod
@@ -148,7 +216,7 @@ class SafetyLimits(Strict):
         try:
             data = Path(path).read_bytes()
         except OSError as e:
-            raise ConfigError(f"{path}: limits cannot be read: {e.strerror or e}") from None
+            raise ConfigError(f"{path}: limits cannot be read: {e.strerror}") from None
         return cls.parse(data, str(path))
 
     @classmethod
@@ -187,7 +255,7 @@ class SafetyLimits(Strict):
         )
 
     def scalars(self) -> FloatArray:
-        """Entries TRACKING … WORKSPACE_UPPER + 2; infinite where the robot has no such limit."""
+        """Entries TRACKING … CONTACT_SPEED; infinite, or TO_REST zero, where the robot has no such limit."""
         out = np.full(SCALARS, np.inf)
         out[WORKSPACE_LOWER:WORKSPACE_UPPER] = -np.inf
         out[TRACKING] = self.tracking_error.max
@@ -197,7 +265,13 @@ class SafetyLimits(Strict):
             out[TOOL_SPEED] = self.tool_speed.max
         if self.workspace is not None:
             out[WORKSPACE_LOWER:WORKSPACE_UPPER] = self.workspace.lower
-            out[WORKSPACE_UPPER:SCALARS] = self.workspace.upper
+            out[WORKSPACE_UPPER:KEEP_AWAY] = self.workspace.upper
+        out[TO_REST] = 0.0
+        if (s := self.separation) is not None:
+            out[TO_REST] = s.reaction_s + s.stopping_s
+            out[KEEP_AWAY] = s.human_speed_m_s * out[TO_REST] + s.intrusion_m + s.sensor_m + s.robot_m
+        if self.contact is not None:
+            out[CONTACT_SPEED] = self.contact.speed
         return out
 
     def times(self) -> npt.NDArray[np.int64]:
@@ -264,6 +338,50 @@ def check_tool(tool: FloatArray, scalars: FloatArray) -> int:
 
 
 @compiled
+def speed_allowed(human_m: float, scalars: FloatArray) -> float:
+    """Greatest tool speed that a person at ``human_m`` allows, m/s; inf without such a limit.
+
+    The distance that separation needs is KEEP_AWAY + v TO_REST, so v = (human_m - KEEP_AWAY) / TO_REST; zero
+    for a person too near, or a distance that is not known (NaN).
+    """
+    allowed = scalars[CONTACT_SPEED]
+    if scalars[TO_REST] > 0.0:
+        apart = (human_m - scalars[KEEP_AWAY]) / scalars[TO_REST]
+        if not apart > 0.0:
+            return 0.0
+        allowed = min(allowed, apart)
+    return float(allowed)
+
+
+@compiled
+def speed_scale(allowed: float, scalars: FloatArray) -> float:
+    """What part of their speed the joints keep so that the tool stays below ``allowed``: 0 … 1.
+
+    Joints at full speed move the tool at TOOL_SPEED at most, and in proportion.
+    """
+    if allowed < scalars[TOOL_SPEED]:
+        return float(SLOWER * max(allowed, 0.0) / scalars[TOOL_SPEED])
+    return 1.0
+
+
+@compiled
+def check_speed(tool: FloatArray, human_m: float, scalars: FloatArray) -> int:
+    """Limits for the sake of people that the tool's speed breaks.
+
+    A speed that is not reported (NaN) counts as TOOL_SPEED, a distance that is not known as too near.
+    """
+    speed = tool[3]
+    if np.isnan(speed):
+        speed = scalars[TOOL_SPEED]
+    flags = 0
+    if speed > scalars[CONTACT_SPEED]:
+        flags |= _CONTACT
+    if scalars[TO_REST] > 0.0 and not human_m >= scalars[KEEP_AWAY] + speed * scalars[TO_REST]:
+        flags |= _SEPARATION
+    return flags
+
+
+@compiled
 def check_tracking(q: FloatArray, q_ref: FloatArray, scalars: FloatArray) -> int:
     """Tracking error beyond its limit on any joint."""
     for i in range(q.size):
@@ -283,7 +401,7 @@ def stop_category(flags: int, protective: int) -> int:
         return CATEGORY_0
     if flags & (_POSITION | _VELOCITY | _TOOL | _WORKSPACE | _TRACKING):
         return CATEGORY_1
-    if flags & _PROTECTIVE:
+    if flags & (_PROTECTIVE | _SEPARATION | _CONTACT):
         return protective
     return NO_STOP
 

@@ -17,6 +17,7 @@ from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface
 from tuf.ngclient import Updater as TufClient
 
+from flywheel.edge.campaigns import CAMPAIGNS_BYTES_MAX, CAMPAIGNS_TARGET, Campaign, Campaigns
 from flywheel.edge.slots import fsync_directory
 from flywheel.errors import NotFound, ReleaseError, StoreError, StoreUnavailable
 from flywheel.schema import (
@@ -107,6 +108,25 @@ class SignedReleases:
         if release.group is not group or release.digest != digest:
             raise ReleaseError(f"{what}: signed as {release.group} {release.digest}, its files are {digest}")
         return Offer(release, files)
+
+    def campaigns(self, directory: Path) -> tuple[Campaign, ...]:
+        """What else to record (after ``refresh``), verified; none if nothing is signed."""
+        client = self._require_client()
+        name = CAMPAIGNS_TARGET
+        with self._fetcher, _verifying(name):
+            target = client.get_targetinfo(name)
+            if target is None:
+                return ()
+            if target.length > CAMPAIGNS_BYTES_MAX:
+                raise ReleaseError(f"{name}: {target.length} bytes, at most {CAMPAIGNS_BYTES_MAX}")
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / Path(CAMPAIGNS_TARGET).name
+            if client.find_cached_target(target, str(path)) is None:
+                client.download_target(target, str(path))
+        try:
+            return Campaigns.model_validate_json(path.read_bytes()).campaigns
+        except (OSError, ValidationError) as e:
+            raise ReleaseError(f"{name}: not understood, is this robot's software old? {e}") from None
 
     def download(self, offer: Offer, directory: Path) -> None:
         """Fetch an offer's files into a directory: each appears there verified and durable, or not at all.

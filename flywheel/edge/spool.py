@@ -1,36 +1,31 @@
-"""The durable queue between the recorder and the store.
+"""From the robot's disk to the store, so that nothing acknowledged is lost and nothing gets there twice.
 
-On disk, below one root::
+An episode leaves the queue (``queue``) for good only when the store's copy of every file was read back and
+matched its sha256, the manifest was created after them, and the inbox marker after that. Each of these steps
+may be repeated at any time with the same result: the manifest is a create-only key, and the marker's name
+follows from the time at which the store received the manifest.
 
-    episodes/<id>/   sealed, not yet in the store (the recorder seals here; ``.<id>.partial`` is its own)
-    damaged/<id>.n/  no longer what its manifest says: kept for a person, never uploaded
-    dropped/<id>/    only the manifest is left: the quota took the rest
-    .trash/          being removed
-
-Every step from one place to another is one rename, so a crash leaves an episode in exactly one of them. An
-episode leaves ``episodes/`` for good only when the store's copy of every file was read back and matched its
-sha256, the manifest was created after them, and the inbox marker after that. Each of these steps may be
-repeated at any time with the same result: the manifest is a create-only key, and the marker's name follows
-from the time at which the store received the manifest.
+On a metered link manifests go at once, below ``fleet/pending/``, and data by priority or on request: see
+``requests``.
 """
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import json
-import os
-import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from flywheel.episode import fsync_directory, read_manifest
+from flywheel.edge.queue import Queue, Queued
+from flywheel.edge.requests import LOOK_S, Requests, answer, fetch
+from flywheel.edge.rules import priority
+from flywheel.episode import read_manifest
 from flywheel.errors import (
     Conflict,
     EpisodeError,
@@ -39,168 +34,31 @@ from flywheel.errors import (
     StoreError,
     StoreUnavailable,
 )
-from flywheel.schema import EPISODE_FILES, MANIFEST_FILE, Manifest, TriggerKind, sha256_bytes, sha256_file
+from flywheel.schema import MANIFEST_FILE, Manifest, sha256_bytes, sha256_file
 from flywheel.store import ObjectInfo
 
+__all__ = ["Queue", "Queued", "Spool", "Stop", "UploadResult", "run"]
+
 DROPPED_KEY = "dropped.json"  # in the store, beside where the manifest would be
+CLAIMED = "state/claimed"  # where a turn notes that an episode is its own, before it removes the marker
+SENT_KEPT = 256  # manifests remembered after they were uploaded, to answer requests
 
 BACKOFF_FIRST_S = 1.0
 BACKOFF_MAX_S = 120.0
 REFUSED_RETRY_S = 300.0  # nothing changes before a person acts; look again now and then
 REFUSALS_MAX = 3  # in a row: then the store refuses everything, and the rest is not tried in this pass
 
-_PRIORITY = {
-    TriggerKind.SAFETY_STOP: 4,
-    TriggerKind.DROPPED_OBJECT: 3,
-    TriggerKind.WRONG_OBJECT: 3,
-    TriggerKind.INTERVENTION: 3,
-    TriggerKind.TASK_TIMEOUT: 2,
-    TriggerKind.TRACKING_ERROR: 2,
-    TriggerKind.BASELINE: 0,
-}
-
-
-def priority(manifest: Manifest) -> int:
-    """How much an episode matters: that of its weightiest trigger. Uploaded first, dropped last."""
-    return max((_PRIORITY[t.kind] for t in manifest.triggers), default=0)
-
 
 class Uploads(Protocol):
     """What the spool needs of ``flywheel.store.Store``."""
 
     def put(self, key: str, data: bytes | Path, sha256: str | None = None) -> str: ...
+    def put_file(self, key: str, path: Path, sha256: str) -> None: ...
     def create(self, key: str, data: bytes | Path, sha256: str | None = None) -> str: ...
     def get(self, key: str, sha256: str | None = None) -> bytes: ...
     def stat(self, key: str) -> ObjectInfo | None: ...
-
-
-@dataclass(frozen=True)
-class Queued:
-    """An episode that waits."""
-
-    path: Path
-    manifest: Manifest
-    nbytes: int
-
-
-class Queue:
-    """The spool on disk. Any number of processes may hold one on the same root."""
-
-    def __init__(self, root: Path, quota_bytes: int, step: Callable[[str], None] = lambda _: None) -> None:
-        self.root = root
-        self.episodes, self.damaged, self.dropped = (root / n for n in ("episodes", "damaged", "dropped"))
-        self._trash = root / ".trash"
-        for d in (self.episodes, self.damaged, self.dropped, self._trash):
-            d.mkdir(parents=True, exist_ok=True)
-        self.quota_bytes = quota_bytes
-        self._step = step
-        self._known: dict[str, Queued] = {}
-
-    def pending(self) -> list[Queued]:
-        """Episodes that wait, the first to be uploaded first: by priority, then the oldest."""
-        names = {e.name for e in os.scandir(self.episodes) if e.is_dir() and not e.name.startswith(".")}
-        for name in self._known.keys() - names:
-            del self._known[name]
-        for name in names - self._known.keys():
-            path = self.episodes / name
-            try:
-                m = read_manifest(path)
-            except EpisodeError as e:
-                self.set_aside(path, str(e))
-                continue
-            self._known[name] = Queued(path, m, sum(f.bytes for f in m.files))
-        return sorted(self._known.values(), key=lambda q: (-priority(q.manifest), q.manifest.episode_id))
-
-    @contextmanager
-    def hold(self, path: Path) -> Iterator[bool]:
-        """Have an episode for oneself; yields False if another process has it, or has dealt with it."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield (path / MANIFEST_FILE).exists()
-        finally:
-            os.close(fd)
-
-    def remove(self, path: Path) -> None:
-        """Let go of an episode that is in the store."""
-        self._move(path, self._trash)
-        shutil.rmtree(self._trash / path.name, ignore_errors=True)
-
-    def set_aside(self, path: Path, why: str) -> None:
-        """Keep an episode that is not what its manifest says, out of the way and with the reason."""
-        with suppress(FileNotFoundError):  # another process dealt with it
-            kept = self._move(path, self.damaged)
-            with suppress(OSError):  # a full disk: the reason is told all the same, only not kept
-                (kept / "why.txt").write_text(why + "\n", encoding="utf-8")
-
-    def drop(self, q: Queued) -> bool:
-        """Give up an episode's data, not its manifest. Needs no free space. False if it is in use."""
-        with self.hold(q.path) as mine:
-            if mine:
-                self._step("drop")
-                self._move(q.path, self.dropped)
-        if mine:
-            self._strip(self.dropped / q.path.name)
-        return mine
-
-    def enforce(self) -> list[str]:
-        """Drop until the quota is kept: the least important first, then the oldest. Returns their ids.
-
-        Nothing is ever refused: the quota is kept after the fact.
-        """
-        return self._drop_until(lambda used, freed: used <= self.quota_bytes)
-
-    def make_room(self, nbytes: int, most: int) -> list[str]:
-        """Free ``nbytes`` for an episode of priority ``most``, at the cost of none that matters more."""
-        return self._drop_until(lambda used, freed: freed >= nbytes, most)
-
-    def summaries(self) -> list[Path]:
-        """Dropped episodes of which only the manifest is left."""
-        found = sorted(d for d in self.dropped.iterdir() if d.is_dir())
-        for d in found:
-            self._strip(d)  # a crash may have come between
-        return found
-
-    def tidy(self) -> None:
-        """Finish removals that a crash cut short."""
-        for d in self._trash.iterdir():
-            shutil.rmtree(d, ignore_errors=True)
-
-    def _drop_until(self, enough: Callable[[int, int], bool], most: int | None = None) -> list[str]:
-        queued = self.pending()
-        used, freed, dropped = sum(q.nbytes for q in queued), 0, []
-        for q in sorted(queued, key=lambda q: (priority(q.manifest), q.manifest.episode_id)):
-            if enough(used, freed) or (most is not None and priority(q.manifest) > most):
-                break
-            if self.drop(q):
-                used, freed = used - q.nbytes, freed + q.nbytes
-                dropped.append(q.manifest.episode_id)
-        return dropped
-
-    def _move(self, path: Path, to: Path) -> Path:
-        target = to / path.name
-        if to == self.damaged:  # nothing that was kept is overwritten
-            target = next(t for n in itertools.count() if not (t := to / f"{path.name}.{n}").exists())
-        elif target.exists():
-            shutil.rmtree(target)
-        path.rename(target)
-        fsync_directory(to)
-        fsync_directory(path.parent)
-        self._known.pop(path.name, None)
-        return target
-
-    @staticmethod
-    def _strip(path: Path) -> None:
-        for name in EPISODE_FILES:
-            (path / name).unlink(missing_ok=True)
+    def list(self, prefix: str) -> Iterator[ObjectInfo]: ...
+    def delete(self, key: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -230,9 +88,19 @@ class Spool:
         quota_bytes: int,
         rng: np.random.Generator | None = None,
         step: Callable[[str], None] = lambda _: None,
+        robot: str = "",
+        metered: Callable[[], int | None] = lambda: None,
+        clock_unix_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        """``robot``, if given, is answered for when the cloud asks for windows (``requests``). ``metered``
+        says what priority goes over the link by itself, None for all: asked before each episode."""
         self.queue = Queue(root, quota_bytes, step)
         self.queue.tidy()
+        self.requests = Requests(root) if robot else None
+        self._robot, self._metered, self._clock_unix_ns = robot, metered, clock_unix_ns
+        self._look_ns = 0
+        self._announced: set[str] = set()
+        self._sent: deque[Manifest] = deque(maxlen=SENT_KEPT)
         self.problems: dict[str, str] = {}
         self._store = store
         self._rng = np.random.default_rng() if rng is None else rng
@@ -255,11 +123,14 @@ class Spool:
         dropped = self.queue.enforce()
         uploaded: list[str] = []
         if now_ns >= self._store_ns:
+            self._ask(now_ns)
             self._pass(now_ns, uploaded)
         waiting = self.queue.pending()
         left = {q.manifest.episode_id for q in waiting} | {d.name for d in self.queue.summaries()}
         kept = left | {d.name.partition(".")[0] for d in self.queue.damaged.iterdir()}
-        self.problems = {k: v for k, v in self.problems.items() if k in kept or (k == "store" and left)}
+        self.problems = {
+            k: v for k, v in self.problems.items() if k in kept or (k == "store" and left) or "request" in k
+        }
         due = [max(self._store_ns, self._episode_ns.get(i, 0)) for i in left]
         return UploadResult(
             tuple(uploaded), tuple(dropped), len(waiting), dict(self.problems), min(due, default=None)
@@ -267,13 +138,19 @@ class Spool:
 
     def _pass(self, now_ns: int, uploaded: list[str]) -> None:
         refusals = 0
-        for q in [*self.queue.pending(), *self._summaries()]:
+        wanted = self.requests.known() if self.requests is not None else []
+        queued = self.queue.pending()
+        queued.sort(key=lambda q: not any(r.wants(q.manifest) for r in wanted))  # what is asked for, first
+        for q in [*queued, *self._summaries()]:
             episode_id = q.manifest.episode_id
             if now_ns < self._episode_ns.get(episode_id, 0):
                 continue
             try:
-                if self._deal_with(q):
+                if self._held_back(q, any(r.wants(q.manifest) for r in wanted)):
+                    self._announce(q)
+                elif self._deal_with(q):
                     uploaded.append(episode_id)
+                    self._sent.append(q.manifest)
             except StoreUnavailable as e:
                 delay = min(BACKOFF_FIRST_S * 2.0**self._failures, BACKOFF_MAX_S)
                 self._failures += 1
@@ -292,6 +169,39 @@ class Spool:
             self._failures = 0
             self._episode_ns.pop(episode_id, None)
             self.problems.pop("store", None)
+
+    def _ask(self, now_ns: int) -> None:
+        """Look for requests, now and then, and tell how far they are."""
+        if self.requests is None or now_ns < self._look_ns:
+            return
+        self._look_ns = now_ns + round(LOOK_S * 1e9)
+        try:
+            for request in fetch(self._store, self._robot, self.problems):
+                self.requests.keep(request)
+            queued = [q.manifest for q in self.queue.pending()]
+            answer(self._store, self.requests, queued, list(self._sent), self._clock_unix_ns())
+        except (StoreError, OSError) as e:
+            self.problems["requests"] = str(e)
+        else:
+            self.problems.pop("requests", None)
+
+    def _held_back(self, q: Queued, wanted: bool) -> bool:
+        """Whether an episode stays here because the link is metered; its manifest goes all the same."""
+        least = self._metered()
+        here = q.path.parent == self.queue.episodes
+        return here and not wanted and least is not None and priority(q.manifest) < least
+
+    def _announce(self, q: Queued) -> None:
+        """Let the cloud know what there is, so that it can ask for it."""
+        if q.manifest.episode_id in self._announced:
+            return
+        self._step("announce")
+        data = (q.path / MANIFEST_FILE).read_bytes()
+        key = _pending_key(q.manifest)
+        self._store.put(key, data)
+        if self._stored(key) != data:
+            raise IntegrityError(f"{key}: the store does not give back what was put")
+        self._announced.add(q.manifest.episode_id)
 
     def _summaries(self) -> Iterator[Queued]:
         for path in self.queue.summaries():
@@ -335,6 +245,10 @@ class Spool:
             )
         self._step("mark")
         self._mark(m, manifest)
+        if self.requests is not None or m.episode_id in self._announced:
+            self._step("withdraw the announcement")
+            self._store.delete(_pending_key(m))
+            self._announced.discard(m.episode_id)
         self._step("remove")
         self.queue.remove(q.path)
 
@@ -343,7 +257,7 @@ class Spool:
         if found is not None and found.size == path.stat().st_size and self._matches(key, sha256):
             return  # from before a restart
         self._step(f"put {path.name}")
-        self._store.put(key, path, sha256=sha256)
+        self._store.put_file(key, path, sha256)
         self._step(f"read {path.name} back")
         if not self._matches(key, sha256):
             raise IntegrityError(
@@ -379,7 +293,10 @@ class Spool:
         data = json.dumps(marker, sort_keys=True).encode() + b"\n"
         key = f"inbox/{arrived:019d}-{m.episode_id}.json"
         self._store.put(key, data)
-        if self._stored(key) not in (data, None):  # None: a turn has claimed it already
+        found = self._stored(key)
+        if found is None and self._store.stat(f"{CLAIMED}/{m.episode_id}") is not None:
+            return  # a turn was quick
+        if found != data:
             raise IntegrityError(
                 f"{key}: the store does not give back what was put; look at the store's disks"
             )
@@ -391,6 +308,10 @@ class Spool:
             self._store.put(q.manifest.prefix + DROPPED_KEY, (q.path / MANIFEST_FILE).read_bytes())
         self._step("forget dropped")
         self.queue.remove(q.path)
+
+
+def _pending_key(m: Manifest) -> str:
+    return f"fleet/pending/{m.robot}/{m.episode_id}.json"
 
 
 class Stop(Protocol):

@@ -2,8 +2,9 @@
 
 A tick reads the joints, takes a newer chunk if there is one, checks the envelope, asks the mode machine,
 moves the reference, computes torques, appends a row to the ring and writes the command: one compiled call
-between ``Robot.read`` and ``Robot.write``, over arrays that are allocated once. It takes no lock, makes no
-system call of its own (but for the clock when it runs in real time), logs nothing and raises nothing.
+between ``Robot.read`` and ``Robot.write``, over arrays that are allocated once and known by their addresses.
+It allocates nothing (what Python needs for a few numbers comes from its own free blocks), takes no lock,
+makes no system call of its own but for the clock when it runs in real time, logs nothing and raises nothing.
 
 Splicing. A chunk is anchored at its observation, but steps count as done only while System 1 really moved:
 ``start = now - executed`` with ``executed`` the time spent following since the observation. From standstill
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flywheel.edge import tracking
-from flywheel.edge.compiled import compiled
+from flywheel.edge.compiled import compiled, floats_at, words_at
 from flywheel.edge.link import Ring, Seqlock, ring_claim, ring_publish, slot_read
 from flywheel.edge.link import load as load_word
 from flywheel.edge.mode import CARRY_ON, FOLLOW, HOLD, RAMP, STOP_0, STOP_1
@@ -53,10 +54,13 @@ from flywheel.edge.safety import (
     VELOCITY,
     SafetyLimits,
     admit_waypoints,
+    check_speed,
     check_state,
     check_tool,
     check_tracking,
     clamp_torque,
+    speed_allowed,
+    speed_scale,
     stop_category,
 )
 from flywheel.edge.tracking import ACC, POS, VEL
@@ -227,7 +231,7 @@ def _move(
             work[_CARRY, i] = 0.0
         elif was != CARRY_ON:
             work[_CARRY, i] = work[_REF + VEL, i]
-    tracking.coast(ref, work[_CARRY], dt, gain, table)
+    tracking.coast(ref, work[_CARRY], dt, table)
     return 0
 
 
@@ -259,13 +263,20 @@ def _append(
 
 @compiled
 def _tick(
-    now: int, late: int, held: float, stop_input: bool, wall: bool, dt: float,
+    now: int, late: int, held: float, human: float, stop_input: bool, wall: bool, torque: bool, dt: float,
     q: FloatArray, dq: FloatArray, bias: FloatArray, mass: FloatArray, tool: FloatArray,
-    slot: Words, chunks: Words, ints: Words, work: FloatArray, control: Words,
-    header: Words, rows: Words, table: FloatArray, scalars: FloatArray, times: Words, gain: FloatArray,
+    slot: Words, chunks: Words, ints: Words, work: FloatArray, control: Words, header: Words, rows: Words,
+    live: FloatArray, table: FloatArray, scalars: FloatArray, times: Words, gain: FloatArray,
 ) -> tuple[bool, float]:  # fmt: skip
-    """Everything between reading the joints and writing the command; returns (powered, tool command)."""
+    """Everything between reading the joints and writing the command; returns (powered, tool command).
+
+    ``live`` is ``table`` with the velocities that apply now; ``torque``: the robot takes torques.
+    """
     broken = check_state(q, dq, bias, mass, table, scalars) | check_tool(tool, scalars)
+    broken |= check_speed(tool, human, scalars)
+    scale = speed_scale(speed_allowed(human, scalars), scalars)
+    for i in range(q.size):
+        live[VELOCITY, i] = scale * table[VELOCITY, i]
     sound = broken & _NOT_FINITE == 0
     if sound and ints[_STARTED] == 0:
         ints[_STARTED] = 1
@@ -296,20 +307,61 @@ def _tick(
     if mode == STOP_1 and was != STOP_1 and broken & _TRACKING:
         _anchor(work, q, dq, table)  # what stands in the way is not pushed any further
     if mode != STOP_0:
-        acted |= _move(now, mode, was, chunks[0], ints, work, dt, gain, table)
+        acted |= _move(now, mode, was, chunks[0], ints, work, dt, gain, live)
 
     powered = mode != STOP_0 and not (mode == STOP_1 and _at_rest(work))
     tau = work[_TAU]
-    if powered:
+    if powered and torque:
         tracking.control(q, dq, work[_REF : _REF + 3], bias, mass, gain, tau)
         acted |= clamp_torque(tau, table)
-    else:
+    elif not powered:
         tau[:] = 0.0
         _rest(work, q if sound else work[_REF + POS])  # a reset starts from where the arm is
     ints[_LIMITS] = broken | acted
     compute = clock_ns(ints[_CLOCK : _CLOCK + 2]) - now if wall else 0
     _append(now, late, compute, held, q, dq, chunks[0], ints, work, header, rows)
     return powered, work[_TOOL, 0]
+
+
+@compiled
+def _words(listed: Words, k: int) -> Words:
+    """Array ``k`` of a list by ``_addresses``."""
+    return words_at(listed[k, 0], listed[k, 1], listed[k, 2])
+
+
+@compiled
+def _floats(listed: Words, k: int) -> FloatArray:
+    """Array ``k`` of a list by ``_addresses``."""
+    return floats_at(listed[k, 0], listed[k, 1], listed[k, 2])
+
+
+@compiled
+def _tick_at(
+    at: int, now: int, late: int, held: float, human: float, stop_input: bool, wall: bool, torque: bool,
+    dt: float,
+) -> tuple[bool, float]:  # fmt: skip
+    """``_tick`` on the arrays whose addresses and shapes are listed at ``at`` (``System1._memory``)."""
+    a = words_at(at, _ARRAYS, 3)
+    return _tick(
+        now, late, held, human, stop_input, wall, torque, dt,
+        _floats(a, 0)[0], _floats(a, 1)[0], _floats(a, 2)[0], _floats(a, 3), _floats(a, 4)[0],
+        _words(a, 5)[0], _words(a, 6), _words(a, 7)[0], _floats(a, 8), _words(a, 9)[0], _words(a, 10)[0],
+        _words(a, 11), _floats(a, 12), _floats(a, 13), _floats(a, 14)[0], _words(a, 15)[0],
+        _floats(a, 16)[0],
+    )  # fmt: skip
+
+
+_ARRAYS = 17
+
+
+def _addresses(arrays: tuple[npt.NDArray[Any], ...]) -> Words:
+    """Address, rows and columns of each; a vector counts as one row."""
+    listed = np.zeros((len(arrays), 3), np.int64)
+    for row, a in zip(listed, arrays, strict=True):
+        if not a.flags.c_contiguous or a.dtype not in (np.int64, np.float64):
+            raise ValueError(f"array of {a.dtype}{a.shape}: compiled code needs contiguous 64-bit values")
+        row[:] = a.ctypes.data, *np.atleast_2d(a).shape
+    return listed
 
 
 class System1:
@@ -340,30 +392,35 @@ class System1:
             )
         if slot.dtype != chunk_dtype(n) or ring.dtype != control_dtype(n):
             raise ValueError(f"slot and ring must be made for {n} joints (rows.chunk_dtype, control_dtype)")
+        if robot.takes not in ("torque", "position"):
+            raise ConfigError(f"{robot.name}: takes = {robot.takes!r}; a robot takes 'torque' or 'position'")
         self.robot = robot
         self.state = JointState(n)
-        self.tau: FloatArray
         self._ints: Words = np.zeros(_INTS, np.int64)
         self._work: FloatArray = np.zeros((_ROWS, n))
-        self._control: Words = np.zeros(CONTROL_WORDS, np.int64) if control is None else control
-        self._wall = wall
-        self._dt = 1.0 / rate_hz
-        self._memory: tuple[Any, ...] = (
+        self._flags = (wall, robot.takes == "torque", 1.0 / rate_hz)
+        s = self.state
+        table = limits.table()
+        self._memory: tuple[npt.NDArray[Any], ...] = (
+            s.q, s.dq, s.bias, s.mass, s.tool,
             slot.words,
             np.zeros((2, slot.dtype.itemsize // 8), np.int64),
             self._ints,
             self._work,
-            self._control,
+            np.zeros(CONTROL_WORDS, np.int64) if control is None else control,
             ring.header,
             ring.rows,
-        )
-        self._constants: tuple[Any, ...] = (
-            limits.table(),
+            table.copy(),
+            table,
             limits.scalars(),
             limits.times(),
             tracking.gains() if gains is None else gains,
-        )
-        self.tau = self._work[_TAU]
+        )  # fmt: skip
+        self._listed = _addresses(self._memory)
+        self._at = int(self._listed.ctypes.data)
+        # What the robot gets: it may look, but not touch.
+        self.command: FloatArray = self._work[_TAU if robot.takes == "torque" else _REF + POS].view()
+        self.command.flags.writeable = False
         self.reset()
         self._warm_up()
 
@@ -382,16 +439,15 @@ class System1:
         s = self.state
         robot = self.robot
         robot.read(s)
-        powered, tool = _tick(
-            now_ns, late_ns, float(s.held), bool(s.stop_input), self._wall, self._dt,
-            s.q, s.dq, s.bias, s.mass, s.tool, *self._memory, *self._constants,
-        )  # fmt: skip
+        powered, tool = _tick_at(
+            self._at, now_ns, late_ns, float(s.held), float(s.human_m), bool(s.stop_input), *self._flags
+        )
         if powered:
             self._stopped = False
         elif not self._stopped:
             self._stopped = True
             robot.stop()
-        robot.write(self.tau, tool)
+        robot.write(self.command, tool)
 
     @property
     def mode(self) -> int:
@@ -409,6 +465,11 @@ class System1:
         return self._work[_REF : _REF + 3].copy()
 
     @property
+    def reference_now(self) -> FloatArray:
+        """The same, as the memory in which it lies: ``[3, n]``, changed by every tick."""
+        return self._work[_REF : _REF + 3]
+
+    @property
     def counters(self) -> dict[str, int]:
         """Chunks taken and refused since the reset."""
         return {"accepted": int(self._ints[_ACCEPTED]), "refused": int(self._ints[_REFUSED])}
@@ -420,12 +481,9 @@ class System1:
 
     def _warm_up(self) -> None:
         """Compile, or load from the cache, before the loop starts; on copies, so that nothing changes."""
-        s = self.state
-        copies = tuple(m.copy() for m in self._memory)
-        _tick(
-            0, 0, s.held, s.stop_input, self._wall, self._dt,
-            s.q, s.dq, s.bias, s.mass, s.tool, *copies, *self._constants,
-        )  # fmt: skip
+        copies = _addresses(kept := tuple(m.copy() for m in self._memory))
+        _tick_at(int(copies.ctypes.data), 0, 0, 0.0, np.nan, False, *self._flags)
+        del kept  # until here: the addresses do not hold them
 
 
 assert RAMP < HOLD  # Mode is ordered by degradation, ``resting`` relies on it

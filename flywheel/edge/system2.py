@@ -7,12 +7,13 @@ What does not pass is not published: System 1 then walks down its ladder, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import simplejpeg
 
-from flywheel.edge.link import Records, Ring
+from flywheel.edge.images import FrameRing
+from flywheel.edge.link import Records
 from flywheel.edge.policy import ActionSource, check_actions, check_waypoints
 from flywheel.edge.rows import CHUNK_STEPS, INSTRUCTION_BYTES, EventLog, chunk_dtype, clip_text
 from flywheel.edge.safety import SafetyLimits
@@ -21,6 +22,7 @@ from flywheel.robot import FloatArray, Image, Observation, Perception
 
 # An operator gives one target; it is held for this many steps, then the arm ramps to rest.
 OVERRIDE_STEPS = 3
+JPEG_QUALITY = 95  # of a camera that is given none
 
 Override = Callable[[Observation], FloatArray | None]
 Publish = Callable[[Records], None]
@@ -30,7 +32,8 @@ class System2:
     """The loop body of one robot's perception and policy.
 
     ``publish`` takes the chunk (``rows.chunk_dtype``; reused, so copy or write it at once). ``frames`` may be
-    None where nobody records. ``policy`` may be replaced between ticks.
+    None where nobody records. ``jpeg_quality`` is one for all cameras, or one for each. ``policy`` may be
+    replaced between ticks.
     """
 
     def __init__(
@@ -40,8 +43,8 @@ class System2:
         limits: SafetyLimits,
         publish: Publish,
         events: EventLog,
-        frames: Ring | None = None,
-        jpeg_quality: int = 95,
+        frames: FrameRing | None = None,
+        jpeg_quality: int | Mapping[str, int] = 95,
         first_chunk_id: int = 0,
     ) -> None:
         missing = [c for c in policy.bundle.cameras if c not in perception.cameras]
@@ -61,14 +64,19 @@ class System2:
         self._publish = publish
         self._events = events
         self._frames = frames
-        self._quality = jpeg_quality
+        cameras = perception.cameras
+        self._quality = (
+            dict.fromkeys(cameras, jpeg_quality) if isinstance(jpeg_quality, int) else dict(jpeg_quality)
+        )
         self._chunk: Records = np.zeros(1, chunk_dtype(len(limits.joints)))
         self._intervening = False
 
     def self_test(self, instruction: str) -> None:
         """See and decide once, publish nothing; ``BundleError`` if the policy does not fit the robot."""
         seen = self.perception.observe()
-        self.policy.infer(seen.images, seen.state, instruction)
+        actions = self.policy.infer(seen.images, seen.state, instruction).actions
+        if not np.isfinite(actions).all():
+            raise BundleError(f"policy {self.policy.bundle.name!r} gives actions that are not finite")
 
     def tick(
         self,
@@ -144,7 +152,7 @@ class System2:
         intervention: bool,
     ) -> None:
         assert self._frames is not None
-        row = self._frames.record()  # zeroed: what is left of a longer JPEG must not differ between runs
+        row = self._frames.record()
         row["t_ns"] = t_ns
         row["infer_ns"] = took_ns
         row["state"] = seen.state
@@ -153,14 +161,8 @@ class System2:
         row["intervention"] = intervention
         row["instruction"] = clip_text(instruction, INSTRUCTION_BYTES)
         row["policy_digest"] = self.policy.digest
-        for camera, image in seen.images.items():
-            jpeg = encode_image(image, self._quality)
-            field = row[f"image.{camera}"][0]
-            fits = len(jpeg) <= len(field)
-            row[f"size.{camera}"] = len(jpeg) if fits else 0
-            if fits:
-                field[: len(jpeg)] = np.frombuffer(jpeg, np.uint8)
-        self._frames.push(row)
+        jpegs = {c: encode_image(i, self._quality.get(c, JPEG_QUALITY)) for c, i in seen.images.items()}
+        self._frames.push_frame(row, jpegs)
 
 
 def encode_image(image: Image, quality: int) -> bytes:

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flywheel import __version__
+from flywheel.edge.campaigns import Campaign
 from flywheel.edge.signed import Offer, SignedReleases
 from flywheel.edge.slots import TRIAL_BOOTS, Slot, Slots, require
 from flywheel.errors import (
@@ -191,7 +192,15 @@ class Updater:
         slot = self.slots.active
         if slot is None or not self.slots.state.trial:
             return Poll(Action.NONE, self._loaded, "no policy is on trial")
-        self._give_back(slot, reason)
+        return self.give_back(reason, warm_up)
+
+    def give_back(self, reason: str, warm_up: WarmUp) -> Poll:
+        """Give back the policy in use, on trial or confirmed, for the previous one."""
+        slot = self.slots.active
+        if slot is None:
+            return Poll(Action.NONE, self._loaded, "no policy is in use")
+        self.slots.refuse(slot.release, reason)
+        self.slots.fall_back()
         self.boot(warm_up)
         return Poll(Action.FELL_BACK, self._loaded, reason)
 
@@ -331,6 +340,11 @@ class Updater:
             return Assignment.model_validate_json(head[1])
         except ValidationError:
             return None  # a state that is not understood gives no leave to act by a candidate
+
+    def campaigns(self) -> tuple[Campaign, ...]:
+        """What this robot is asked to record, verified. After a ``poll`` that reached the store; raises as
+        ``SignedReleases.campaigns`` does."""
+        return self._signed.campaigns(self.root)
 
     # -- what the fleet is told
 

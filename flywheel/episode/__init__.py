@@ -6,15 +6,19 @@ something that no reader takes for one. Once sealed it is never edited.
 """
 
 from flywheel.episode.checks import Problem, Reason, verify
+from flywheel.episode.mending import Repaired, repair
 from flywheel.episode.plot import show
 from flywheel.episode.sealing import (
     Episode,
     UnknownVersion,
     as_array,
+    commit,
     count_gaps,
     fsync_directory,
     new_episode_id,
     parse_manifest,
+    prepare,
+    prepared,
     read,
     read_manifest,
     seal,
@@ -28,16 +32,21 @@ __all__ = [
     "Listed",
     "Problem",
     "Reason",
+    "Repaired",
     "UnknownVersion",
     "as_array",
+    "commit",
     "count_gaps",
     "fsync_directory",
     "ls",
     "new_episode_id",
     "parse_manifest",
+    "prepare",
+    "prepared",
     "pull",
     "read",
     "read_manifest",
+    "repair",
     "seal",
     "show",
     "sweep",

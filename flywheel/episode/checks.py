@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flywheel import schema
+from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, no_plain_file, open_parquet, too_large
 from flywheel.episode.sealing import (
     UnknownVersion,
     as_array,
@@ -46,6 +46,8 @@ class Reason(StrEnum):
     TIME_ORDER = "time_order"
     WINDOW = "window"
     IMAGE = "image"
+    NOT_A_FILE = "not_a_file"
+    TOO_LARGE = "too_large"
     GAP = "gap"
     DROPS = "drops"
 
@@ -71,8 +73,12 @@ def verify(directory: Path) -> list[Problem]:
     Bad input never raises: a missing, truncated, corrupt, forged or malformed file is a ``Problem``.
     """
     path = directory / schema.MANIFEST_FILE
-    if not path.is_file():
+    if directory.is_symlink():
+        return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")]
+    if not path.exists(follow_symlinks=False):
         return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")]
+    if (why := no_plain_file(path)) is not None:
+        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)]
     try:
         manifest = read_manifest(directory)
     except EpisodeError as e:
@@ -95,28 +101,38 @@ def verify(directory: Path) -> list[Problem]:
 def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Problem]:
     name = entry.name
     try:
-        size, digest = path.stat().st_size, schema.sha256_file(path)
+        # Before anything is opened: a pipe would wait for ever, a device never end.
+        if (why := no_plain_file(path)) is not None:
+            return [Problem(Reason.NOT_A_FILE, name, why)]
+        size = path.stat().st_size
+        if (why := too_large(entry, manifest)) is not None or size > FILE_BYTES_MAX:
+            return [Problem(Reason.TOO_LARGE, name, why or f"{size} bytes")]
+        if size != entry.bytes:
+            text = f"has {size} bytes, the manifest says {entry.bytes}"
+            return [Problem(Reason.SHA256, name, text)]
+        digest = schema.sha256_file(path)
     except OSError as e:
         return [Problem(Reason.MISSING_FILE, name, f"the manifest lists it, but: {e.strerror}")]
     problems = []
-    if (size, digest) != (entry.bytes, entry.sha256):
-        found, listed = f"{digest[:12]}… of {size} bytes", f"{entry.sha256[:12]}… of {entry.bytes}"
-        text = f"sha256 is {found}, the manifest says {listed}"
+    if digest != entry.sha256:
+        text = f"sha256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
         problems.append(Problem(Reason.SHA256, name, text))
     try:
         with path.open("rb") as f:
-            file = pq.ParquetFile(f, page_checksum_verification=True)
+            file = open_parquet(f)
             # The footer first: a forged one must not make us inflate what the manifest does not admit.
             rows = file.metadata.num_rows
             if rows != entry.rows:
                 text = f"{rows} rows, but the manifest says {entry.rows}"
                 return [*problems, Problem(Reason.ROWS, name, text)]
             check_schema(name, file.schema_arrow, manifest)
+            if (why := inflates(f, file, entry)) is not None:
+                return [*problems, Problem(Reason.TOO_LARGE, name, why)]
             table = file.read()
             table.validate(full=True)
     except EpisodeError as e:
         return [*problems, Problem(Reason.SCHEMA, name, str(e).removeprefix(f"{name}: "))]
-    except (pa.ArrowException, OSError, ValueError) as e:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
     return problems + _verify_values(name, table, manifest)
 

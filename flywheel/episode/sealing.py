@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from flywheel import schema
+from flywheel.episode.bounds import no_plain_file
 from flywheel.errors import EpisodeError
 from flywheel.schema import FileEntry, Manifest
 
@@ -108,11 +109,29 @@ def seal(
 ) -> Manifest:
     """Write ``parent/<episode_id>/`` and return its manifest: ``draft`` with ``files`` and ``gaps``.
 
-    The same tables give the same bytes. Sealing the same episode twice is harmless; sealing another one
-    under a name already taken raises ``EpisodeError``, as do tables that do not fit the draft. A disk that
-    is full or read-only raises ``OSError`` and leaves nothing behind. ``step`` is told each durable step
-    before it is taken: the seam for tests that crash there.
+    ``prepare``, then ``commit``. The same tables give the same bytes. Sealing the same episode twice is
+    harmless; sealing another one under a name already taken raises ``EpisodeError``, as do tables that do not
+    fit the draft. A disk that is full or read-only raises ``OSError`` and leaves nothing behind. ``step`` is
+    told each durable step before it is taken: the seam for tests that crash there.
     """
+    manifest = prepare(parent, draft, control, frames, events, step)
+    try:
+        commit(parent, manifest, step)
+    except OSError:
+        shutil.rmtree(_partial(parent, manifest.episode_id), ignore_errors=True)
+        raise
+    return manifest
+
+
+def prepare(
+    parent: Path,
+    draft: Manifest,
+    control: pa.Table,
+    frames: pa.Table,
+    events: pa.Table,
+    step: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Everything of ``seal`` but the name: a whole, durable episode that no reader finds yet."""
     tables = {schema.CONTROL_FILE: control, schema.FRAMES_FILE: frames, schema.EVENTS_FILE: events}
     for name, table in tables.items():
         check_schema(name, table.schema, draft)
@@ -121,8 +140,7 @@ def seal(
             f"{draft.episode_id}: image.{camera} of frame {row} is no JPEG: rows and frames must be equal in "
             "number; leave the row out and count it as a drop"
         )
-    final = parent / draft.episode_id
-    partial = parent / f".{draft.episode_id}.partial"
+    final, partial = parent / draft.episode_id, _partial(parent, draft.episode_id)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -135,19 +153,38 @@ def seal(
         step("write manifest")
         write_durably(partial / schema.MANIFEST_FILE, manifest.to_bytes())
         fsync_directory(partial)
-        if final.exists():
-            if read_manifest(final) != manifest:
-                raise EpisodeError(f"{final}: an episode of that name is sealed already, with other content")
-            shutil.rmtree(partial)
-            return manifest
-        step("rename")
-        partial.rename(final)
+        if final.exists() and read_manifest(final) != manifest:
+            raise EpisodeError(f"{final}: an episode of that name is sealed already, with other content")
     except (OSError, EpisodeError, pa.ArrowException):
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return manifest
+
+
+def commit(parent: Path, manifest: Manifest, step: Callable[[str], None] = lambda _: None) -> None:
+    """Give a prepared episode its name. Once it has one, it is sealed; repeating this is harmless."""
+    final, partial = parent / manifest.episode_id, _partial(parent, manifest.episode_id)
+    step("rename")
+    if final.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.rename(final)
     step("sync parent")
     fsync_directory(parent)
-    return manifest
+
+
+def prepared(parent: Path) -> list[Manifest]:
+    """Episodes that a crash kept from being committed although they are whole, hashes included."""
+    found = []
+    for partial in sorted(parent.glob(".*.partial")):
+        try:
+            manifest = read_manifest(partial)
+            whole = all(schema.sha256_file(partial / f.name) == f.sha256 for f in manifest.files)
+        except (EpisodeError, OSError):
+            continue
+        if whole and partial == _partial(parent, manifest.episode_id):
+            found.append(manifest)
+    return found
 
 
 def sweep(parent: Path) -> int:
@@ -156,6 +193,10 @@ def sweep(parent: Path) -> int:
     for d in leftovers:
         shutil.rmtree(d)
     return len(leftovers)
+
+
+def _partial(parent: Path, episode_id: str) -> Path:
+    return parent / f".{episode_id}.partial"
 
 
 class _HashingFile(io.RawIOBase):
@@ -262,6 +303,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of an episode's directory; a directory without one holds no episode (``EpisodeError``)."""
     path = directory / schema.MANIFEST_FILE
     try:
+        if (why := no_plain_file(path)) is not None:  # a pipe would have us wait for ever
+            raise EpisodeError(f"{path}: {why}")
         with path.open("rb") as f:
             data = f.read(MANIFEST_BYTES_MAX + 1)
     except FileNotFoundError:

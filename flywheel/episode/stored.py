@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flywheel import schema
+from flywheel.episode.bounds import too_large
 from flywheel.episode.sealing import fsync_directory, parse_manifest, read_manifest, write_durably
 from flywheel.errors import EpisodeError, IntegrityError, NotFound
 from flywheel.schema import Manifest
@@ -68,6 +69,14 @@ def pull(store: Store, prefix: str, directory: Path) -> Path:
     partial.mkdir(parents=True)
     try:
         for entry in manifest.files:
+            # Before the first byte: what is larger than the manifest says could fill the disk.
+            info = store.stat(prefix + entry.name)
+            if info is not None and info.size != entry.bytes:
+                raise IntegrityError(
+                    f"{prefix}{entry.name}: {info.size} bytes, but the manifest says {entry.bytes}"
+                )
+            if (why := too_large(entry, manifest)) is not None:
+                raise EpisodeError(f"{prefix}{entry.name}: {why}")
             store.get_file(prefix + entry.name, partial / entry.name, sha256=entry.sha256)
         write_durably(partial / schema.MANIFEST_FILE, manifest.to_bytes())
         partial.rename(final)

@@ -31,6 +31,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from flywheel.edge.campaigns import CAMPAIGNS_TARGET, Campaigns
 from flywheel.errors import BundleError, Conflict, IntegrityError, NotFound, ReleaseError
 from flywheel.keys import OPERATOR, ROLES, ROOT_FILE, role_of
 from flywheel.release.repository import (
@@ -240,6 +241,19 @@ class Publisher(Reader):
             return _replace(state, "stable", "pin/", pinned) | _replace(state, "stable", "plan/", said)
 
         self.commit(replace, None)
+
+    def publish_campaigns(self, campaigns: Campaigns) -> None:
+        """Sign what robots are to record besides their failures; it replaces what was signed before.
+
+        Signed as a stable release is, so it takes as many keys. ``campaigns`` names who approved it
+        (``flywheel.campaigns`` sees to that).
+        """
+        data = campaigns.to_bytes()
+        blob = BlobInfo(length=len(data), sha256=sha256_bytes(data))
+        prefix, _, name = CAMPAIGNS_TARGET.rpartition("/")
+        self.store.put(blob_key(prefix, name, blob.sha256), data, blob.sha256)
+        said = {CAMPAIGNS_TARGET: TargetFile(blob.length, {"sha256": blob.sha256}, CAMPAIGNS_TARGET)}
+        self.commit(lambda state: _replace(state, "stable", f"{prefix}/", said), None)
 
     def plan(self) -> FleetPlan:
         """The pins and hold-backs that robots obey now."""

@@ -7,8 +7,9 @@
     releases/bundles/<digest>.json      sizes and hashes of every bundle ever published
 
 What each group offers is signed by a role: ``canary`` by its own, the candidate's *wave*, what is *pinned*,
-the fleet's plan and the *stable* release by ``stable``. The roles ``approval`` and ``operator`` are lists of
-keys without metadata of their own: they sign people's words and the decisions of rollouts.
+the fleet's plan, its campaigns and the *stable* release by ``stable``. The roles ``approval`` and
+``operator`` are lists of keys without metadata of their own: they sign people's words and the decisions of
+rollouts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ REVOKED = "x-flywheel-revoked"  # there too: keyids that must not come back
 SIGNED_BY = {Group.CANARY: "canary", Group.WAVE: "stable", Group.STABLE: "stable"}
 PATHS = {
     "canary": ["canary/*"],
-    "stable": ["stable/*", "wave/*", "pin/*/*", "plan/*"],
+    "stable": ["stable/*", "wave/*", "pin/*/*", "plan/*", "campaigns/*"],
     APPROVAL: ["approval/*"],
     OPERATOR: ["operator/*"],
 }

@@ -7,7 +7,7 @@ may be one object when it is only run in lockstep.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,38 +25,90 @@ class JointState:
     ``q`` rad ``[n]``, ``dq`` rad/s ``[n]``, ``bias`` gravity and Coriolis torque in N·m ``[n]`` (zeros if
     unknown), ``mass`` joint-space inertia in kg·m² ``[n, n]`` (zeros if unknown), ``held`` vacuum or grip
     sensor 0..1, ``stop_input`` true while the protective-stop input is open. ``tool`` is the tool's x, y, z
-    in m and its speed in m/s ``[4]``, NaN if the robot does not report it.
+    in m and its speed in m/s ``[4]``, NaN if the robot does not report it. ``human_m`` is the distance to the
+    nearest person in m, inf if nobody is in view, NaN if nothing measures it.
+
+    System 1 knows the arrays by their addresses, so they are never replaced: assigning to one copies into it.
     """
 
-    __slots__ = ("bias", "dq", "held", "mass", "q", "stop_input", "t_ns", "tool")
+    __slots__ = ("_bias", "_dq", "_mass", "_q", "_tool", "held", "human_m", "stop_input", "t_ns")
 
     def __init__(self, joints: int) -> None:
         self.t_ns = 0
-        self.q: FloatArray = np.zeros(joints)
-        self.dq: FloatArray = np.zeros(joints)
-        self.bias: FloatArray = np.zeros(joints)
-        self.mass: FloatArray = np.zeros((joints, joints))
-        self.tool: FloatArray = np.full(4, np.nan)
+        self._q: FloatArray = np.zeros(joints)
+        self._dq: FloatArray = np.zeros(joints)
+        self._bias: FloatArray = np.zeros(joints)
+        self._mass: FloatArray = np.zeros((joints, joints))
+        self._tool: FloatArray = np.full(4, np.nan)
         self.held = 0.0
         self.stop_input = False
+        self.human_m = np.nan
+
+    @property
+    def q(self) -> FloatArray:
+        """Joint positions, rad ``[n]``."""
+        return self._q
+
+    @q.setter
+    def q(self, value: FloatArray) -> None:
+        self._q[:] = value
+
+    @property
+    def dq(self) -> FloatArray:
+        """Joint velocities, rad/s ``[n]``."""
+        return self._dq
+
+    @dq.setter
+    def dq(self, value: FloatArray) -> None:
+        self._dq[:] = value
+
+    @property
+    def bias(self) -> FloatArray:
+        """Gravity and Coriolis torque, N·m ``[n]``."""
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: FloatArray) -> None:
+        self._bias[:] = value
+
+    @property
+    def mass(self) -> FloatArray:
+        """Joint-space inertia, kg·m² ``[n, n]``."""
+        return self._mass
+
+    @mass.setter
+    def mass(self, value: FloatArray) -> None:
+        self._mass[:] = value
+
+    @property
+    def tool(self) -> FloatArray:
+        """Tool x, y, z, m, and speed, m/s ``[4]``."""
+        return self._tool
+
+    @tool.setter
+    def tool(self, value: FloatArray) -> None:
+        self._tool[:] = value
 
 
 class Robot(Protocol):
     """What System 1 needs. No method may block, allocate without bound or raise: they run in its loop.
 
-    ``rate_hz`` is the rate at which it takes commands, and so System 1's.
+    ``rate_hz`` is the rate at which it takes commands, and so System 1's. ``takes`` says what a command is:
+    joint torques, N·m, or joint positions, rad, for a robot with position loops of its own, to which System 1
+    streams the reference that it has limited.
     """
 
     name: str
     joints: int
     rate_hz: float
+    takes: Literal["torque", "position"]
     limits: SafetyLimits
 
     def read(self, out: JointState) -> None:
         """Fill ``out`` with the newest joint state, in place."""
 
-    def write(self, tau: FloatArray, tool: float) -> None:
-        """Command joint torques (N·m, ``[n]``) and the tool (0..1) for one tick; a twin steps here."""
+    def write(self, command: FloatArray, tool: float) -> None:
+        """Command the joints (``[n]``, see ``takes``) and the tool (0..1) for one tick; a twin steps here."""
 
     def stop(self) -> None:
         """Remove power and engage brakes (IEC 60204-1 stop category 0). May be called more than once."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from flywheel.edge.compiled import compiled
 from flywheel.edge.link import Records, Seqlock, aligned
 from flywheel.edge.safety import SafetyLimits
+from flywheel.errors import ConfigError
 from flywheel.robot import FloatArray, JointState, Observation
 from flywheel.twin.cell import JOINTS, STEP_NS, Cell
 from flywheel.twin.kinematics import inverse
@@ -24,6 +25,7 @@ from flywheel.twin.shift import shift as named_shift
 LIMITS_FILE = Path(__file__).parent.parent / "twin" / "limits.yaml"
 POLICY_CAMERAS = ("wrist",)
 ALL_CAMERAS = ("wrist", "scene")
+PHYSICS_HZ = 1e9 / STEP_NS
 BRAKE_NMS = np.array([80.0, 80.0, 60.0, 20.0, 4.0])  # N·m·s/rad
 
 
@@ -42,15 +44,15 @@ def world_dtype(cell: Cell) -> np.dtype[np.void]:
 @compiled
 def _read(
     q: FloatArray, dq: FloatArray, bias: FloatArray, damping: FloatArray, cup: FloatArray, before: FloatArray,
-    out_q: FloatArray, out_dq: FloatArray, out_bias: FloatArray, tool: FloatArray,
+    out_q: FloatArray, out_dq: FloatArray, out_bias: FloatArray, tool: FloatArray, rate_hz: float,
 ) -> None:  # fmt: skip
-    """Copy the joints; viscous friction counts as bias; tool speed from the last millisecond."""
+    """Copy the joints; viscous friction counts as bias; tool speed from the last period."""
     square = 0.0
     for i in range(3):
         square += (cup[i] - before[i]) ** 2
         tool[i] = cup[i]
         before[i] = cup[i]
-    tool[3] = np.sqrt(square) * 1e3
+    tool[3] = np.sqrt(square) * rate_hz
     for i in range(q.size):
         out_q[i] = q[i]
         out_dq[i] = dq[i]
@@ -91,11 +93,14 @@ class TwinPerception:
 
 
 class TwinRobot(TwinPerception):
-    """A cell under torque control. ``write`` advances its physics by one millisecond."""
+    """A cell under torque control. ``write`` advances its physics by one period of control.
+
+    Physics have steps of a millisecond, so the rate must divide 1 kHz; torques are held in between.
+    """
 
     name = "flywheel-arm"
     joints = JOINTS
-    rate_hz = 1e9 / STEP_NS
+    takes: Literal["torque", "position"] = "torque"
 
     def __init__(
         self,
@@ -103,8 +108,16 @@ class TwinRobot(TwinPerception):
         cameras: tuple[str, ...] = POLICY_CAMERAS,
         limits: SafetyLimits | None = None,
         publish: Seqlock | None = None,
+        rate_hz: float = PHYSICS_HZ,
     ) -> None:
         super().__init__(cell, cameras)
+        self._steps = round(PHYSICS_HZ / rate_hz)
+        if self._steps < 1 or abs(self._steps * rate_hz - PHYSICS_HZ) > 1e-6 * PHYSICS_HZ:
+            raise ConfigError(
+                f"edge.control_hz={rate_hz:g}: the twin's physics run at {PHYSICS_HZ:g} Hz; choose a rate "
+                "that divides it, such as 1000, 500 or 250"
+            )
+        self.rate_hz = rate_hz
         self.limits = SafetyLimits.load(LIMITS_FILE) if limits is None else limits
         self._publish = publish
         self._record: Records | None = None if publish is None else publish.record()
@@ -134,18 +147,19 @@ class TwinRobot(TwinPerception):
             out.dq,
             out.bias,
             out.tool,
+            self.rate_hz,
         )
         cell.mass_matrix(out.mass)
         out.held = 1.0 if cell.held >= 0 else 0.0
 
-    def write(self, tau: FloatArray, tool: float) -> None:
+    def write(self, command: FloatArray, tool: float) -> None:
         """Step the physics; without power the brakes hold the joints."""
         cell = self.cell
-        if not self._powered:
-            np.multiply(cell.dq, -BRAKE_NMS, out=self._braked)
-            self._braked += cell.bias
-            tau = self._braked
-        cell.step(tau, tool)
+        for _ in range(self._steps):
+            if not self._powered:
+                np.multiply(cell.dq, -BRAKE_NMS, out=self._braked)
+                self._braked += cell.bias
+            cell.step(command if self._powered else self._braked, tool)
         self.tell()
 
     def tell(self) -> None:
@@ -168,9 +182,10 @@ class TwinRobot(TwinPerception):
 
 
 def wall_robot(args: dict[str, Any], world: memoryview) -> TwinRobot:
-    """System 1's half on the wall clock (``Plan.robot``); ``args``: shift, seed."""
+    """System 1's half on the wall clock (``Plan.robot``); ``args``: shift, seed, control_hz."""
     cell = Cell(named_shift(args["shift"]))
-    robot = TwinRobot(cell, publish=Seqlock(world_dtype(cell), world))
+    slot = Seqlock(world_dtype(cell), world)
+    robot = TwinRobot(cell, publish=slot, rate_hz=float(args.get("control_hz", PHYSICS_HZ)))
     robot.reset(args["seed"])
     robot.tell()
     return robot

@@ -27,6 +27,7 @@ HOME_M = np.array([0.42, -0.02, 0.30])
 GRASP_RADIUS_M = 0.02  # how far the cup's centre may be from the centre of the face it sucks on
 GRASP_GAP_M = 0.010
 CARRY_M = 0.05  # a box this far above where it rested has been taken
+REACH_M = 0.05  # the cup is at the target
 
 _WALLS = "".join(
     f'<geom type="box" size="{sx} {sy} .025" pos="{BIN_M[0] + dx} {BIN_M[1] + dy} .025" rgba=".18 .18 .2 1"/>'
@@ -308,9 +309,11 @@ class Cell:
         i = self.held
         self.data.eq_active[self._weld[i]] = 0
         self.held = -1
-        over_bin = bool(np.all(np.abs(self.data.xpos[self._box_body[i], :2] - BIN_M) < BIN_HALF_M))
-        if i == self.target and not over_bin and self._lift(i) > CARRY_M:
+        if i == self.target and not self._over_bin(i) and self._lift(i) > CARRY_M:
             self._released_high = True
+
+    def _over_bin(self, i: int) -> bool:
+        return bool(np.all(np.abs(self.data.xpos[self._box_body[i], :2] - BIN_M) < BIN_HALF_M))
 
     def _lift(self, i: int) -> float:
         return float(self.data.xpos[self._box_body[i], 2] - self._rest_z[i])
@@ -318,12 +321,18 @@ class Cell:
     @property
     def success(self) -> bool:
         """The target lies in the bin and nothing holds it."""
-        p = self.data.xpos[self._box_body[self.target]]
-        return (
-            self.held != self.target
-            and bool(np.all(np.abs(p[:2] - BIN_M) < BIN_HALF_M))
-            and bool(p[2] < 0.06)
-        )
+        low = bool(self.data.xpos[self._box_body[self.target], 2] < 0.06)
+        return self.held != self.target and low and self._over_bin(self.target)
+
+    @property
+    def progress(self) -> float:
+        """How far the task stands now: 0, at the target 0.25, target taken 0.5, brought over the bin 0.75, done 1."""
+        if self.success:
+            return 1.0
+        if self.held == self.target:
+            return 0.75 if self._over_bin(self.target) else 0.5
+        at_target = float(np.linalg.norm(self.data.site_xpos[self._cup] - self.target_top)) < REACH_M
+        return 0.25 if at_target else 0.0
 
     @property
     def wrong_object(self) -> bool:

@@ -16,6 +16,7 @@ from flywheel.edge.safety import SafetyLimits
 from flywheel.errors import BundleError, ConfigError
 from flywheel.evaluate import Evaluator, Job, Scenario, evaluate, paired
 from flywheel.gate import gate, required_checks
+from flywheel.gate.task import TRACKING_SPREAD
 from flywheel.robot.twin import LIMITS_FILE
 from flywheel.schema import Bundle, GateReport, Verdict, bundle_digest
 from flywheel.twin.sampling import ACTION_NAMES, STATE_NAMES
@@ -131,7 +132,7 @@ def test_an_unknown_shift_and_a_broken_graph_are_named(hover: Path, tmp_path: Pa
 def test_the_gate_runs_everything_and_does_not_promote_what_lifts_nothing(
     hover: Path, creep: Path, tmp_path: Path
 ) -> None:
-    settings = GateSettings(episodes=3, lab_episodes=3, looks=1, wall_s=1.0, wall_pairs=2, wall_looks=1)
+    settings = GateSettings(episodes=3, lab_episodes=3, wall_s=1.0, wall_pairs=2, wall_looks=1)
     stages: set[str] = set()
     report = gate(
         creep, hover, tmp_path, settings,
@@ -141,7 +142,8 @@ def test_the_gate_runs_everything_and_does_not_promote_what_lifts_nothing(
     assert report.verdict is not Verdict.PROMOTE
     checks = {c.name: c for c in report.checks}
     assert set(checks) == set(required_checks("factory"))
-    assert all(c.n > 0 and c.value is not None for c in checks.values()), "every check must have its evidence"
+    without = {name for name, c in checks.items() if c.n == 0 or c.value is None}
+    assert without == {TRACKING_SPREAD}, "every check must have its evidence, and six pairs show no spread"
     assert checks["success in factory"].verdict is Verdict.HOLD
     assert checks["invalid output"].verdict is Verdict.PROMOTE
     assert checks["bundle"].verdict is Verdict.PROMOTE
@@ -159,7 +161,7 @@ def test_a_policy_that_gives_nan_is_rolled_back_before_it_moves_a_robot(hover: P
 
 def test_a_policy_that_asks_for_what_is_out_of_reach_is_rolled_back(hover: Path, tmp_path: Path) -> None:
     bad = write_policy(tmp_path / "bad", -0.2)  # 3.2 m up within a chunk
-    settings = GateSettings(episodes=1, lab_episodes=1, looks=1)
+    settings = GateSettings(episodes=1, lab_episodes=1)
     report = gate(bad, hover, tmp_path / "out", settings, scenarios=[Scenario("lab", 1)], workers=1)
     assert report.verdict is Verdict.ROLL_BACK
     assert any(r.startswith("invalid output") for r in report.reasons)

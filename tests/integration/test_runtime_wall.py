@@ -103,7 +103,7 @@ def test_kill_9_of_system_2_walks_down_the_ladder_to_a_hold(plan: Plan) -> None:
         assert result.infer.n > 0
         assert result.late.n == result.ticks
         assert result.tracking_max_rad < 0.05
-        assert set(result.privileges) == {"fifo", "locked", "pinned", "frozen", "reasons"}
+        assert set(result.privileges) == {"fifo", "locked", "awake", "pinned", "frozen", "reasons"}
         assert bool(result.privileges["reasons"]) != all(
             result.privileges[k] for k in ("fifo", "locked") if plan.priority
         )

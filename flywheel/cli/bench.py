@@ -1,0 +1,49 @@
+"""Benchmarks: each measures against a peer or a limit in the same run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from flywheel.cli.output import Json, rows, show
+from flywheel.errors import ConfigError
+
+# name -> function that measures and returns a document; imported when asked for
+BENCHES = {
+    "tracking": "flywheel.edge.bench:tracking",
+    "policy": "flywheel.export.bench:policy",
+    "faults": "flywheel.edge.faults:faults",
+    "recorder": "flywheel.bench.recorder:recorder",
+    "crash": "flywheel.bench.crash:crash",
+    "hostile": "flywheel.bench.hostile:hostile",
+    "stats": "flywheel.gate.bench:bench",
+    "delivery": "flywheel.rehearsal.bench:delivery",
+    "fleet": "flywheel.rehearsal.bench:fleet",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(bench)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark.")] = "tracking",
+    full: Annotated[bool, typer.Option(help="Longer.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure, against a peer or a limit in the same run."""
+    if name not in BENCHES:
+        raise ConfigError(f"bench = {name!r}: not known; choose one of {', '.join(BENCHES)}")
+    module_name, _, function = BENCHES[name].partition(":")
+    module = import_module(module_name)
+    doc = getattr(module, function)(full)
+    if hasattr(module, "table") and not json:  # a benchmark with more to say than its figures
+        columns, lines = module.table(doc)
+        rows(columns, lines, False)
+        bars = {k: f"{b['value']:.4g} {b['op']} {b['bar']:g}" for k, b in doc["bars"].items()}
+        missed = [k for k, b in doc["bars"].items() if not b["ok"]]
+        doc = {"load": doc["load"], "bars": bars, "missed": ", ".join(missed) or "none"}
+    show(doc, json)

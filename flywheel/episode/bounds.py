@@ -1,0 +1,109 @@
+"""How large an episode may be before it is taken for an attack, and what a Parquet file would inflate to.
+
+A file from outside says of itself how much memory it takes. What it says is bounded by what the manifest
+admits (rows that fit its window and rates), and what it does not say is refused: encodings by which a few
+bytes become many.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flywheel import schema
+from flywheel.schema import FileEntry, Manifest
+
+FILE_BYTES_MAX = 4 << 30
+WINDOW_NS_MAX = 3600 * 1_000_000_000
+EVENTS_MAX = 100_000
+TEXT_BYTES_MAX = 64 << 20  # all texts of a file together
+ROW_GROUPS_MAX = 1024
+_SLACK_ROWS = 1000
+_THRIFT = {
+    "thrift_string_size_limit": 16 << 20,
+    "thrift_container_size_limit": 100_000,
+    "schema_depth_limit": 8,
+}
+# Encodings in which a value takes about as many bytes as it has. Not among them for pictures: a dictionary
+# (one picture, a thousand times) and shared prefixes.
+_PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
+_FLAT = _PLAIN | {"BYTE_STREAM_SPLIT", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BINARY_PACKED"}
+_TEXT = _PLAIN | {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+def no_plain_file(path: Path) -> str | None:
+    """Why a path is no file of its own: a link, a pipe, a device; None if it is one, or nothing."""
+    mode = path.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {"a link": stat.S_ISLNK, "a directory": stat.S_ISDIR, "a pipe": stat.S_ISFIFO}
+    return f"is {next((k for k, test in kinds.items() if test(mode)), 'a device')}, not a file of the episode"
+
+
+def open_parquet(f: BinaryIO) -> pq.ParquetFile:
+    """A Parquet file of unknown origin."""
+    return pq.ParquetFile(f, page_checksum_verification=True, **_THRIFT)
+
+
+def too_large(entry: FileEntry, manifest: Manifest) -> str | None:
+    """Why a manifest's line about a file cannot be true of a recording; None if it can."""
+    if entry.bytes > FILE_BYTES_MAX:
+        return f"{entry.bytes} bytes, at most {FILE_BYTES_MAX}"
+    low, high = manifest.window_ns
+    if high - low > WINDOW_NS_MAX:
+        return f"window of {(high - low) / 1e9:.0f} s, at most {WINDOW_NS_MAX // 10**9}"
+    rate = {schema.CONTROL_FILE: manifest.control_hz, schema.FRAMES_FILE: manifest.policy_hz}.get(entry.name)
+    most = EVENTS_MAX if rate is None else 2 * rate * (high - low) / 1e9 + _SLACK_ROWS
+    return f"{entry.rows} rows, at most {most:.0f} fit its window" if entry.rows > most else None
+
+
+def inflates(f: BinaryIO, file: pq.ParquetFile, entry: FileEntry) -> str | None:
+    """Why a file could take far more memory than its bytes and rows let expect; None if it cannot."""
+    meta = file.metadata
+    if meta.num_row_groups > ROW_GROUPS_MAX:
+        return f"{meta.num_row_groups} row groups, at most {ROW_GROUPS_MAX}"
+    texts = []
+    for i, field in enumerate(file.schema_arrow):
+        text, picture = pa.types.is_string(field.type), pa.types.is_binary(field.type)
+        allowed = _TEXT if text else _PLAIN if picture else _FLAT
+        for g in range(meta.num_row_groups):
+            column = meta.row_group(g).column(i)
+            if strange := set(column.encodings) - allowed:
+                return f"column {field.name} is encoded as {sorted(strange)[0]}"
+            if column.num_values > entry.rows * max(_width(field.type), 1):
+                return f"column {field.name} has {column.num_values} values in {entry.rows} rows"
+            # What is not compressed cannot inflate; what is, is numbers or text.
+            most = entry.bytes if picture else 64 * entry.rows * max(_width(field.type), 1) + (16 << 20)
+            if column.total_uncompressed_size > most:
+                return f"column {field.name} says that it inflates to {column.total_uncompressed_size} bytes"
+            if picture and column.compression != "UNCOMPRESSED":
+                return f"column {field.name}: pictures are not compressed again"
+        if text:
+            texts.append(field.name)
+    return _long_texts(f, texts)
+
+
+def _long_texts(f: BinaryIO, names: list[str]) -> str | None:
+    """Texts as dictionaries, so that a long one that repeats is held once while we look at it."""
+    total = 0
+    reader = pq.ParquetFile(f, page_checksum_verification=True, read_dictionary=names, **_THRIFT)
+    for batch in reader.iter_batches(batch_size=4096, columns=names):
+        for column in batch.columns:
+            if pa.types.is_dictionary(column.type):
+                lengths = pc.binary_length(column.dictionary)
+                longest = pc.max(lengths).as_py() or 0
+                total += longest * len(column)
+            else:
+                total += column.nbytes
+        if total > TEXT_BYTES_MAX:
+            return f"texts of more than {TEXT_BYTES_MAX} bytes"
+    return None
+
+
+def _width(kind: pa.DataType) -> int:
+    return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 1
