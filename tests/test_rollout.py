@@ -426,7 +426,7 @@ class AnyRollout(RuleBasedStateMachine):
             assert not e.gate_objection, "went on without a promoting gate"
         if to is RolloutStage.WIDE:
             assert any(
-                a.decision == Verdict.PROMOTE
+                a.decision is rollout.Decision.PROMOTE
                 and (a.rollout_id, a.bundle_digest, a.gate_digest) == (RID, CANDIDATE, GATE)
                 and a.state_n >= before.since_n
                 for a in self.approvals

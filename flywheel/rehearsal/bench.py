@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from flywheel.rehearsal import killed
 from flywheel.rehearsal.attacks import ATTACKS, Attack
 from flywheel.rehearsal.bucket import DirectoryBucket
 from flywheel.rehearsal.deliveries import stable
-from flywheel.rehearsal.site import Breach, Site
+from flywheel.rehearsal.site import Breach, Site, quick_disk
 
 ROLES = ("timestamp", "snapshot", "targets", "root", "canary", "stable", "operator")
 
@@ -29,7 +28,7 @@ def delivery(full: bool = False) -> dict[str, Any]:
     load, started = os.getloadavg(), time.monotonic()
     outcomes: list[dict[str, Any]] = []
     died = 0
-    with tempfile.TemporaryDirectory(prefix="flywheel-delivery-") as d, _quick_disk():
+    with tempfile.TemporaryDirectory(prefix="flywheel-delivery-") as d, quick_disk():
         root = Path(d)
         template = Site.make(root / "template")
         for i, (name, attack) in enumerate(ATTACKS.items()):
@@ -118,13 +117,3 @@ def _outcome(name: str, act: Callable[[], str]) -> dict[str, Any]:
         return {"name": name, "ok": True, "outcome": act()}
     except (Breach, FlywheelError) as e:
         return {"name": name, "ok": False, "outcome": f"NOT HELD: {e}"}
-
-
-@contextmanager
-def _quick_disk() -> Iterator[None]:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    real, os.fsync = os.fsync, lambda fd: None
-    try:
-        yield
-    finally:
-        os.fsync = real

@@ -18,8 +18,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,10 +33,9 @@ from flywheel.edge.signed import SignedReleases
 from flywheel.edge.updater import Updater, choose
 from flywheel.rehearsal.bucket import BucketStore, LargeBucket
 from flywheel.rehearsal.deliveries import Clock, make_bundle, upload, warm_up
-from flywheel.rehearsal.site import Breach, expect
+from flywheel.rehearsal.site import Breach, expect, quick_disk
 from flywheel.release import Publisher
 from flywheel.release.repository import TIMESTAMP
-from flywheel.rollout import stage
 from flywheel.schema import (
     Assignment,
     CanaryEvidence,
@@ -126,7 +124,7 @@ class Simulation:
         self._verifier = SignedReleases(self.root / "verifier", self.store, self._bootstrap)
         self._verified: tuple[bytes, Seen] | None = None
         self._assigned: tuple[int, Assignment | None] = (-1, None)
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = 0
         self.kept = rollout.Evidences()
         self.rid = ""
@@ -170,7 +168,7 @@ class Simulation:
         """Seconds since the beginning."""
         return (self.clock() - self.start_ns) * 1e-9
 
-    def at(self, t: float, act: Callable[[], None]) -> None:
+    def at(self, t: float, act: Callable[[], object]) -> None:
         """Let something happen."""
         self._order += 1
         heapq.heappush(self._queue, (t, self._order, act))
@@ -239,10 +237,10 @@ class Simulation:
             self.publisher.refresh()
             self.allowed.note()
             return
-        with _timed(self.decide_s):
-            t = time.perf_counter()
-            seen = rollout.look(self.store, self.publisher, self.rid, clock_ns=self.clock, kept=self.kept)
-            self.look_s.append(time.perf_counter() - t)
+        t = time.perf_counter()
+        seen = rollout.look(self.store, self.publisher, self.rid, clock_ns=self.clock, kept=self.kept)
+        self.look_s.append(time.perf_counter() - t)
+        self.decide_s.append(seen.decide_s)
         self.allowed.note()
         if seen.state.stage is RolloutStage.APPROVAL and not seen.changed:
             rollout.approve(
@@ -465,41 +463,13 @@ class _Authority:
             self._sim.exposed.setdefault(robot.loaded, set()).add(robot.name)
 
 
-@contextmanager
-def _timed(into: list[float]) -> Iterator[None]:
-    """Time what a look spends on deciding and on writing the decision: the real functions, with a clock."""
-    spent = [0.0]
-    real = stage.decide, stage._append
-
-    def wrap[**P, R](f: Callable[P, R]) -> Callable[P, R]:
-        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
-            t = time.perf_counter()
-            try:
-                return f(*args, **kwargs)
-            finally:
-                spent[0] += time.perf_counter() - t
-
-        return timed
-
-    stage.decide, stage._append = wrap(real[0]), wrap(real[1])
-    try:
-        yield
-    finally:
-        stage.decide, stage._append = real
-        into.append(spent[0])
-
-
 def bench(full: bool = False, robots: int = 10_000) -> dict[str, Any]:
     """A bad release, then a good one with a partition of three days in its midst; returns the document of
     ``flywheel bench --json``. ``full`` looks and polls four times as often."""
     load, started = os.getloadavg(), time.monotonic()
     pace = 4.0 if full else 1.0
-    real, os.fsync = os.fsync, lambda fd: None  # no machine dies here
-    try:
-        with tempfile.TemporaryDirectory(prefix="flywheel-fleet-") as d:
-            figures = _run(Simulation(Path(d), robots, HOUR / pace, 2 * HOUR / pace))
-    finally:
-        os.fsync = real
+    with quick_disk(), tempfile.TemporaryDirectory(prefix="flywheel-fleet-") as d:
+        figures = _run(Simulation(Path(d), robots, HOUR / pace, 2 * HOUR / pace))
     figures["seconds"] = time.monotonic() - started
     look, poll = HOUR / pace, 2.2 * HOUR / pace
     bars = {

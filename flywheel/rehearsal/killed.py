@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from flywheel import rollout
 from flywheel.edge.updater import Action
@@ -70,8 +71,8 @@ def _die_at(k: int, root: Path, work: Callable[[Path, DirectoryBucket], None]) -
     try:
         bucket = DirectoryBucket(root / "store")
         bucket.before = bucket.after = step
-        os.fsync = step  # machines do not die here, so what is written is there
-        work(root, bucket)
+        with patch.object(os, "fsync", step):  # machines do not die here, so what is written is there
+            work(root, bucket)
     except BaseException:
         os._exit(FAILED)
     os._exit(0)

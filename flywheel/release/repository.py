@@ -14,6 +14,7 @@ rollouts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +117,7 @@ class State:
 class Trust:
     """The keys that sign words and decisions, from the signed metadata."""
 
-    keys: dict[str, Key]
+    keys: Mapping[str, Key]
     names: dict[str, str]  # of approvers, by keyid
     revoked: tuple[str, ...]  # keyids of approvers' keys
     approvals: int  # different people that must agree before a release goes to every robot

@@ -69,6 +69,7 @@ class Look:
     changed: bool
     evidence: Evidence
     checks: tuple[Check, ...]  # of the state's stage, by this evidence
+    decide_s: float = 0.0  # what it took to decide and to write the decision
 
     def line(self) -> str:
         """One line for a terminal."""
@@ -188,15 +189,17 @@ def look(
         gate = read_gate(store, state.gate_digest)
         evidence = sum_up(state, inputs, gate, stable.digest if stable is not None else "", other, now)
         words, _ = read_words(store, state, trust)
+        began = time.perf_counter()
         after = decide(state, evidence, _enough(words, trust), now)
         if after is not state:
             try:
                 after = _append(store, publisher, state, after, trust, inputs)
             except Conflict:
                 continue
+        decide_s = time.perf_counter() - began
         follow(store, publisher, rid, offered)
         checks = () if after.over else assess(after, evidence)[1]
-        return Look(after, after is not state, evidence, checks)
+        return Look(after, after is not state, evidence, checks, decide_s)
     raise StageError(f"rollout {rid}: other looks won {ATTEMPTS} times in a row; try again")
 
 
@@ -455,7 +458,7 @@ def _canary_release(state: RolloutState) -> Release:
         gate_digest=state.gate_digest,
         rollout_id=state.rollout_id,
         cohort_below=state.cohort_below,
-        site_below=state.site_below,
+        site_below=dict(state.site_below),
         acting=state.stage is not RolloutStage.SHADOW,
         minimum_runtime=state.minimum_runtime,
         git_rev=state.git_rev,
