@@ -33,13 +33,19 @@ class BacklogTrigger(BaseEventTrigger):
         super().__init__()
         self.settings = TriggerSettings.model_validate(settings)
         # Seams: what the tests replace.
-        self.look: Callable[[], Backlog] = lambda: backlog(Store.from_env())
+        self.look: Callable[[], Backlog] = self._inbox
+        self._store: Store | None = None  # kept: making a client costs more than a look
         self.clock: Callable[[], float] = time.monotonic
         self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Its class and keywords, by which Airflow makes it anew in the triggerer."""
         return "dags.backlog.BacklogTrigger", self.settings.model_dump()
+
+    def _inbox(self) -> Backlog:
+        if self._store is None:
+            self._store = Store.from_env()
+        return backlog(self._store)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look, fire if it is time, sleep; for ever."""

@@ -5,6 +5,7 @@ An attempt depends on (bundle, shift, seed) alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Attempt:
         episode_s: float = EPISODE_S,
         settings: EdgeSettings | None = None,
         policy: ActionSource | None = None,
-        jpeg_quality: int = 95,
+        jpeg_quality: int | Mapping[str, int] = 95,
     ) -> None:
         settings = EdgeSettings() if settings is None else settings
         self.cell = Cell(named_shift(shift))

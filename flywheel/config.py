@@ -15,7 +15,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -86,6 +86,20 @@ class RecorderSettings(Section):
         if self.pre_s + self.post_s > self.max_episode_s:
             raise ValueError("max_episode_s must be at least pre_s + post_s")
         return self
+
+    def quality(self, cameras: Iterable[str]) -> dict[str, int]:
+        """JPEG quality by camera. Raises ``ConfigError`` where one is set for a camera that is not there."""
+        names = tuple(cameras)
+        if strangers := sorted(set(self.jpeg_quality_of) - set(names)):
+            raise ConfigError(
+                f"recorder.jpeg_quality_of.{strangers[0]}: no such camera; there are {', '.join(names)}"
+            )
+        return {c: self.jpeg_quality_of.get(c, self.jpeg_quality) for c in names}
+
+    @property
+    def link_priority(self) -> int | None:
+        """The least priority that goes to the store by itself; None for all."""
+        return self.metered_priority if self.metered else None
 
 
 class CurateSettings(Section):

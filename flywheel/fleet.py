@@ -35,6 +35,7 @@ from flywheel.parent import die_with_parent
 from flywheel.robot import Image
 from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport, bundle_digest
 from flywheel.store import Store
+from flywheel.twin.cell import CAMERAS
 
 IDLE, WORK, QUIT = 0, 1, 2
 IDLE_S = 4.0  # between two looks of a fleet that does not work
@@ -99,11 +100,13 @@ class SimulatedRobot:
             episode_s=settings.twin.episode_s,
             settings=settings.edge,
             policy=self._active(),
-            jpeg_quality=settings.recorder.jpeg_quality,
+            jpeg_quality=settings.recorder.quality(CAMERAS),
         )
         self._seeds = np.random.default_rng([settings.twin.seed, number, time.time_ns()])
         quota = round(settings.recorder.spool_quota_mb * 1e6)
-        self._spool = Spool(root / "spool", store, quota, robot=robot)
+        self._spool = Spool(
+            root / "spool", store, quota, robot=robot, metered=lambda: settings.recorder.link_priority
+        )
         loop = self._attempt.lockstep
         self._recorder = Recorder(
             loop.rings,

@@ -103,6 +103,12 @@ class TriggerKind(StrEnum):
     REQUEST = "request"  # somebody asked for this window
 
 
+# Kinds that say nothing of a failure.
+NO_FAULT = frozenset(
+    {TriggerKind.BASELINE, TriggerKind.CAMPAIGN, TriggerKind.REQUEST, TriggerKind.OPERATOR_SUCCESS}
+)
+
+
 class Outcome(StrEnum):
     """How an attempt at a task ended."""
 

@@ -132,6 +132,38 @@ def test_cause_follows_the_evidence(tmp_path: Path, kind: str, cause: Cause) -> 
     assert x.cause_why
 
 
+def _triggers(*kinds: TriggerKind) -> tuple[Trigger, ...]:
+    return tuple(Trigger(kind=k, t_ns=12 * POLICY_NS) for k in kinds)
+
+
+@pytest.mark.parametrize("kind", [TriggerKind.CAMPAIGN, TriggerKind.REQUEST, TriggerKind.OPERATOR_SUCCESS])
+def test_what_was_recorded_on_request_is_no_failure(tmp_path: Path, kind: TriggerKind) -> None:
+    x = labelled(attempt(tmp_path, "success", triggers=_triggers(kind)))
+    assert x.failure_mode is FailureMode.NONE
+    assert not x.needs_review
+    assert x.signals.failed_ns == x.signals.manifest.window_ns[1]
+
+
+def test_an_operator_who_calls_a_success_a_failure_is_heard_by_a_person(tmp_path: Path) -> None:
+    x = labelled(attempt(tmp_path, "success", triggers=_triggers(TriggerKind.OPERATOR_FAILURE)))
+    assert x.needs_review
+
+
+@pytest.mark.parametrize(
+    ("trigger", "cause"),
+    [
+        (TriggerKind.POLICY_INVALID, Cause.INTEGRATION),
+        (TriggerKind.POLICY_LATE, Cause.LATENCY),
+        (TriggerKind.OUT_OF_DISTRIBUTION, Cause.DISTRIBUTION_SHIFT),
+    ],
+)
+def test_what_the_robot_noticed_itself_names_the_cause(
+    tmp_path: Path, trigger: TriggerKind, cause: Cause
+) -> None:
+    triggers = _triggers(trigger, TriggerKind.TASK_TIMEOUT)
+    assert labelled(attempt(tmp_path, "missed_grasp", triggers=triggers)).cause is cause
+
+
 def test_stage_labels_the_sound_and_names_the_damaged(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     for i, kind in enumerate(KINDS):

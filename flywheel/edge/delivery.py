@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from flywheel.edge.asked import leave_campaigns
 from flywheel.edge.processes import BundleRef
 from flywheel.edge.runtime import Wall, bundle_ref
 from flywheel.edge.slots import Slots
 from flywheel.edge.updater import Action, Poll, Updater
-from flywheel.errors import BundleError, FlywheelError, StoreError
+from flywheel.errors import BundleError, FlywheelError, ReleaseError, StoreError
 
 POLL_S = 10.0
 _LOAD = "import sys; from flywheel.edge.policy import Policy; print(Policy.load(sys.argv[1]).digest)"
@@ -110,9 +111,17 @@ class Delivery:
             policies.discard()
         self._on_poll(polled)
         try:
+            if polled.action is not Action.OFFLINE:
+                self._ask()
             self._updater.report(**_facts(self._wall))
-        except (StoreError, OSError) as e:
+        except (ReleaseError, StoreError, OSError) as e:
             self._on_poll(Poll(Action.OFFLINE, polled.digest, str(e)))
+
+    def _ask(self) -> None:
+        """Leave what is signed to be recorded for the recorder's process."""
+        assert self._wall is not None
+        if (recording := self._wall.plan.recording) is not None:
+            leave_campaigns(Path(recording.directory), self._updater.campaigns())
 
     def _warm_up(self, directory: Path) -> str:
         """Have System 2 load it beside the acting one; it stays ready for the switch."""
@@ -172,4 +181,5 @@ def _facts(wall: Wall) -> dict[str, Any]:
         "mode": wall.figures.mode,
         "misses_ppm": wall.figures.misses_ppm,
         "spool_pending": max(int(wall.status()["uploader"].get("waiting", 0)), 0),
+        "campaigns": wall.status()["recorder"].get("campaigns", {}),
     }

@@ -8,7 +8,7 @@ The same seed gives the same rows, bit for bit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class Lockstep:
         policy: ActionSource,
         settings: EdgeSettings | None = None,
         record: bool = False,
-        jpeg_quality: int = 95,
+        jpeg_quality: int | Mapping[str, int] = 95,
         start_ns: int = 0,
     ) -> None:
         settings = EdgeSettings() if settings is None else settings

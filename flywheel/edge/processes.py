@@ -83,7 +83,6 @@ class Plan(Strict):
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
     others: tuple[int, ...] = ()  # cores of everything else
-    jpeg_quality: int | dict[str, int] = 95  # of all cameras, or of each
     recording: Recording | None = None
     supervision: SupervisionSettings = SupervisionSettings()
     # How long a robot whose supervisor is gone holds still for another one to take it over, then it ends.

@@ -35,6 +35,7 @@ from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.robot import Perception, Robot
 
 RECORDER_S = 0.05  # between two looks of the recorder at its rings
+TOLD_CAMPAIGNS = 16  # whose counts are told, the newest
 UPLOADER_S = 1.0
 
 
@@ -125,7 +126,7 @@ def run_system2(plan: Plan, shared: Shared, place: Place, generation: int) -> No
         shared.slot.write,
         rows.EventLog(shared.events),
         shared.frames,
-        plan.jpeg_quality,
+        95 if plan.recording is None else plan.recording.settings.quality(plan.cameras),
     )
     while load(shared.places["system1"].status, realtime.TICKS) == 0 and not stop.asked:
         time.sleep(0.01)  # a simulated robot has nothing to show before System 1 runs
@@ -161,6 +162,7 @@ def run_recorder(plan: Plan, shared: Shared, place: Place, _generation: int) -> 
     One that follows a killed one goes on where that one was: rings and journal lie in the shared memory.
     """
     from flywheel import __version__
+    from flywheel.edge.asked import Asked
     from flywheel.edge.recorder import Identity, Recorder
     from flywheel.edge.spool import Queue
 
@@ -189,9 +191,11 @@ def run_recorder(plan: Plan, shared: Shared, place: Place, _generation: int) -> 
     )
     told: dict[str, object] = {}
     wait = threading.Event().wait
+    asked = Asked(root)
     while True:
         ending = stop.asked or stop.orphaned(time.monotonic_ns())
         now = time.monotonic_ns()
+        asked.pass_on(recorder, now, time.time_ns())
         if ending:
             recorder.finish(now)
         else:
@@ -203,6 +207,7 @@ def run_recorder(plan: Plan, shared: Shared, place: Place, _generation: int) -> 
             "refused": status.refused,
             "abandoned": status.abandoned,
             "why": status.why[:500],
+            "campaigns": dict(list(recorder.campaigns().items())[-TOLD_CAMPAIGNS:]),
         }
         if news != told:
             told = news
@@ -225,7 +230,13 @@ def run_uploader(plan: Plan, shared: Shared, place: Place, _generation: int) -> 
     while not stop.asked and not stop.orphaned(time.monotonic_ns()):
         try:
             if spool is None:
-                spool = Spool(root, Store.from_env(Deployment.from_env()), quota)
+                spool = Spool(
+                    root,
+                    Store.from_env(Deployment.from_env()),
+                    quota,
+                    robot=recording.robot,
+                    metered=lambda: recording.settings.link_priority,
+                )
             result = spool.upload_once(time.monotonic_ns())
         except ConfigError:
             raise

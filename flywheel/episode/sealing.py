@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from flywheel.errors import EpisodeError
 from flywheel.schema import FileEntry, Manifest
 
 MANIFEST_BYTES_MAX = 1 << 20
+SYNC_BYTES = 8 << 20  # brought to disk at a time while an episode is written
 GAP_PERIODS = 1.5  # farther apart than this, at least one row is missing
 
 
@@ -200,22 +202,37 @@ def _partial(parent: Path, episode_id: str) -> Path:
 
 
 class _HashingFile(io.RawIOBase):
-    """A file that knows the sha256 of what was written, so that nothing is read back."""
+    """A file that knows the sha256 of what was written, so that nothing is read back.
+
+    A thread hashes, and brings to disk what there is, while the next page is encoded. Sealing is then about
+    as quick as encoding without either (``flywheel bench recorder``).
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self.sha256 = hashlib.sha256()
-        self.size = 0
+        self._hash = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1, "seal-file")
+        self._syncs: list[Future[None]] = []
+        self.size = self._synced = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the closed file."""
+        return self._hash.hexdigest()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self._file.write(view)
-        self.sha256.update(view)
-        self.size += view.nbytes
-        return view.nbytes
+        piece = bytes(data)  # a copy where it is not bytes already: the caller may use its buffer again
+        self._file.write(piece)
+        self._beside.submit(self._hash.update, piece)
+        self.size += len(piece)
+        if self.size - self._synced > SYNC_BYTES:
+            self._file.flush()
+            self._syncs.append(self._beside.submit(os.fdatasync, self._file.fileno()))
+            self._synced = self.size
+        return len(piece)
 
     def tell(self) -> int:
         return self.size
@@ -226,8 +243,11 @@ class _HashingFile(io.RawIOBase):
         try:
             with self._file as f:
                 f.flush()
+                for sync in self._syncs:
+                    sync.result()  # a disk says only once that it lost something
                 os.fsync(f.fileno())
         finally:
+            self._beside.shutdown()
             super().close()
 
 
@@ -254,7 +274,7 @@ def _write_table(path: Path, table: pa.Table) -> FileEntry:
             write_statistics=[_leaf(table, n) for n in names if not n.startswith("image.")],
             write_page_checksum=True,
         )
-    return FileEntry(name=path.name, rows=table.num_rows, bytes=f.size, sha256=f.sha256.hexdigest())
+    return FileEntry(name=path.name, rows=table.num_rows, bytes=f.size, sha256=f.sha256)
 
 
 def _leaf(table: pa.Table, name: str) -> str:

@@ -34,11 +34,11 @@ from flywheel.gate import bundle, page, task, wall
 from flywheel.gate.judge import Evaluate, Judge, OnProgress
 from flywheel.gate.task import LAB
 from flywheel.schema import (
+    NO_FAULT,
     Check,
     GateReport,
     Manifest,
     Outcome,
-    TriggerKind,
     Verdict,
     bundle_digest,
 )
@@ -49,13 +49,11 @@ __all__ = ["Evaluate", "OnProgress", "Scenario", "decide", "failure_scenarios", 
 def failure_scenarios(manifests: Iterable[Manifest]) -> list[Scenario]:
     """Scenes of recorded failures that the twin can set up again, oldest episode first.
 
-    Left out: real robots' episodes (no seed) and recordings of successes kept as a baseline.
+    Left out: real robots' episodes (no seed) and recordings of successes that nothing was wrong with.
     """
     scenarios: dict[Scenario, None] = {}
     for m in sorted(manifests, key=lambda m: m.episode_id):  # time-ordered ids
-        failed = m.outcome is not Outcome.SUCCESS or any(
-            t.kind is not TriggerKind.BASELINE for t in m.triggers
-        )
+        failed = m.outcome is not Outcome.SUCCESS or any(t.kind not in NO_FAULT for t in m.triggers)
         if failed and m.shift and m.seed is not None:
             scenarios[Scenario(m.shift, m.seed)] = None
     return list(scenarios)

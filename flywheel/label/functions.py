@@ -69,7 +69,9 @@ _TRIGGER = {
     TriggerKind.DROPPED_OBJECT: FailureMode.DROPPED,
     TriggerKind.SAFETY_STOP: FailureMode.SAFETY_STOP,
     TriggerKind.TRACKING_ERROR: FailureMode.TRACKING,
+    TriggerKind.GRASP_LOST: FailureMode.DROPPED,
     TriggerKind.BASELINE: FailureMode.NONE,
+    TriggerKind.OPERATOR_SUCCESS: FailureMode.NONE,
 }
 
 
@@ -79,7 +81,13 @@ def outcome(s: Signals) -> FailureMode | None:
 
 
 def trigger(s: Signals) -> FailureMode | None:
-    """What made the recorder keep the episode: the first trigger that names a fault."""
+    """What made the recorder keep the episode: the first trigger that says how it went.
+
+    An operator who says that a success was none cannot say by a key what it was.
+    """
+    kinds = {x.kind for x in s.manifest.triggers}
+    if TriggerKind.OPERATOR_FAILURE in kinds and s.manifest.outcome is Outcome.SUCCESS:
+        return FailureMode.UNKNOWN
     named = [
         _TRIGGER[x.kind] for x in sorted(s.manifest.triggers, key=lambda x: x.t_ns) if x.kind in _TRIGGER
     ]
@@ -158,13 +166,18 @@ def cause(s: Signals, mode: FailureMode) -> tuple[Cause, str]:
     """The likeliest barrier and the evidence for it; a hypothesis, in order of how direct the evidence is."""
     if mode is FailureMode.NONE:
         return Cause.NONE, "it succeeded"
+    kinds = {x.kind for x in s.manifest.triggers}
     if s.not_finite:
         return Cause.INTEGRATION, "a chunk with NaN or infinity was refused"
+    if TriggerKind.POLICY_INVALID in kinds:
+        return Cause.INTEGRATION, "the policy made chunks that were not fit to be followed"
     if mode is FailureMode.SAFETY_STOP:
         acted = ", ".join(x.name.lower() for x in Limit if x in s.stop_limits and x.name) or "no limit"
         return Cause.SAFETY, f"a protective stop; in the 100 ms before it acted: {acted}"
     if s.stale_share > STALE_SHARE:
         return Cause.LATENCY, f"{s.stale_share:.0%} of the ticks had no fresh chunk"
+    if TriggerKind.POLICY_LATE in kinds:
+        return Cause.LATENCY, "the control loop ran out of fresh chunks"
     if s.late_p99_ns > LATE_NS:
         return Cause.LATENCY, f"the control loop was {s.late_p99_ns / 1e6:.1f} ms late (p99)"
     if mode is FailureMode.TRACKING:
@@ -173,6 +186,8 @@ def cause(s: Signals, mode: FailureMode) -> tuple[Cause, str]:
         return Cause.HARDWARE, "the vacuum broke although suction was commanded"
     if mode is FailureMode.UNKNOWN:
         return Cause.UNKNOWN, "no labelling function could tell"
+    if TriggerKind.OUT_OF_DISTRIBUTION in kinds:
+        return Cause.DISTRIBUTION_SHIFT, "what it saw was unlike what it was trained on"
     return (
         Cause.DISTRIBUTION_SHIFT,
         "the robot did what the policy asked, in time; the policy asked for the wrong thing",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.episode import Episode, as_array
-from flywheel.schema import Limit, Manifest, Mode, TriggerKind
+from flywheel.schema import NO_FAULT, Limit, Manifest, Mode, TriggerKind
 
 TOOL_STATE = 5  # the embedded policy's state: tool x, y, z (m), held, suction
 LONG_ERROR_NS = 50_000_000  # a tracking error counts when it lasts this long
@@ -28,7 +28,9 @@ class Signals:
 
     manifest: Manifest
     interventions: tuple[tuple[int, int], ...]  # [start_ns, end_ns) of each stretch of the operator
-    failed_ns: int  # the first trigger that is not the operator; else where the policy's part ends
+    failed_ns: (
+        int  # the first trigger that is a fault and not the operator; else where the policy's part ends
+    )
     ever_held: bool
     held_at_end: bool
     suction_on: bool  # the policy tried to grasp
@@ -69,7 +71,7 @@ def signals(e: Episode) -> Signals:
     operator = as_array(e.frames, "intervention").astype(bool)
     taken_over = intervals(operator, t_frame, round(1e9 / m.policy_hz))
     handover = taken_over[0][0] if taken_over else m.window_ns[1]
-    failures = [x.t_ns for x in m.triggers if x.kind is not TriggerKind.INTERVENTION]
+    failures = [x.t_ns for x in m.triggers if x.kind not in NO_FAULT | {TriggerKind.INTERVENTION}]
     failed = min([handover, *failures])
     t = as_array(e.control, "t_ns")
     mine = t <= failed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import functools
 import importlib.util
 import io
 import json
@@ -43,6 +44,12 @@ START_S = 240.0
 STOP_S = 12.0
 
 
+@functools.cache
+def _direct() -> urllib.request.OpenerDirector:
+    """Past any proxy. Made once: making one loads every certificate authority."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 class Airflow:
     """The Airflow of one state directory."""
 
@@ -52,6 +59,7 @@ class Airflow:
         self.run = self.dir / "run"
         self.logs = home / "logs"
         self.mark = f"airflow:{home}"
+        self._tokens: dict[str, dict[str, str]] = {}  # by user: the header that logs in
 
     # -- up and down
 
@@ -174,9 +182,16 @@ class Airflow:
 
         Raises ``ServiceError`` with Airflow's status and reason.
         """
+        if user in self._tokens:
+            try:
+                return self._request(method, f"/api/v2{path}", body, self._tokens[user])
+            except ServiceError as e:
+                if ": 401 " not in str(e):
+                    raise
         login = {"username": user, "password": self.passwords()[user]}
         token = self._request("POST", "/auth/token", login, {})["access_token"]
-        return self._request(method, f"/api/v2{path}", body, {"Authorization": f"Bearer {token}"})
+        self._tokens[user] = {"Authorization": f"Bearer {token}"}
+        return self._request(method, f"/api/v2{path}", body, self._tokens[user])
 
     def _request(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> Any:
         request = urllib.request.Request(
@@ -185,9 +200,8 @@ class Airflow:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json", **headers},
         )
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(request, timeout=15) as answer:
+            with _direct().open(request, timeout=15) as answer:
                 data = answer.read()
         except urllib.error.HTTPError as e:
             with e:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flywheel.errors import Conflict, IntegrityError, NotFound, StoreRefused, StoreUnavailable
+from flywheel.multipart import put_parts
 from flywheel.schema import RobotReport, sha256_bytes
 from flywheel.store import EmbeddedStore, Store
 
@@ -158,3 +164,52 @@ def test_store_that_is_down_is_unavailable_and_names_its_endpoint(free_endpoint:
     down = Store("s3://flywheel", free_endpoint, access_key="a", secret_key="b", attempts=1)
     with pytest.raises(StoreUnavailable, match=free_endpoint):
         down.put("k", b"v")
+
+
+_DIES_AFTER_TWO_PARTS = """
+import os, signal, sys
+from pathlib import Path
+from flywheel import multipart
+from flywheel.schema import sha256_file
+from flywheel.store import Store
+
+store = Store.from_env()
+sent = 0
+
+def count(**_):
+    global sent
+    sent += 1
+    if sent == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+store._client.meta.events.register("after-call.s3.UploadPart", count)
+path = Path(sys.argv[1])
+multipart.put_parts(store._client, store.bucket, store._key("big"), path, sha256_file(path), 5 << 20)
+"""
+
+
+def test_a_large_upload_that_was_killed_goes_on_with_the_parts_that_the_store_has(
+    store: Store, store_env: dict[str, str], tmp_path: Path
+) -> None:
+    data = np.random.default_rng(0).bytes(17 << 20)
+    path = tmp_path / "big"
+    path.write_bytes(data)
+    died = subprocess.run([sys.executable, "-c", _DIES_AFTER_TWO_PARTS, path], env=os.environ, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert not store.exists("big"), "half of an upload is visible"
+    full, sha256 = store._key("big"), sha256_bytes(data)
+    assert put_parts(store._client, store.bucket, full, path, sha256, 5 << 20) == 2  # of four
+    assert store.get("big", sha256) == data
+
+
+def test_parts_of_other_bytes_are_not_taken_for_ours(
+    store: Store, store_env: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(17 << 20))
+    subprocess.run([sys.executable, "-c", _DIES_AFTER_TWO_PARTS, path], env=os.environ, check=False)
+    data = bytes(5 << 20) + np.random.default_rng(0).bytes(6 << 20)
+    path.write_bytes(data)  # shorter, and its second part is another one
+    full, sha256 = store._key("big"), sha256_bytes(data)
+    assert put_parts(store._client, store.bucket, full, path, sha256, 5 << 20) == 2  # of three
+    assert store.get("big", sha256) == data
