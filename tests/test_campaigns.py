@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from flywheel import campaigns
+from flywheel.cli import campaigns as cli
 from flywheel.edge.campaigns import Campaign, Campaigns
 from flywheel.episode import read, verify
-from flywheel.errors import ReleaseError
+from flywheel.errors import ConfigError, ReleaseError
 from flywheel.release import Publisher
 from flywheel.schema import TriggerKind
 from tests.bucket import BucketStore
@@ -100,23 +101,30 @@ def test_a_campaign_that_asks_for_what_it_may_not_is_refused_by_field(
 def test_only_an_approved_campaign_reaches_robots_and_releases_go_on_beside_it(tmp_path: Path) -> None:
     store = BucketStore()
     publisher = Publisher(store, tmp_path / "keys")
-    publisher.init()
+    publisher.init(("ops",))
     a, b = make_bundle(tmp_path, "a"), make_bundle(tmp_path, "b")
     publisher.publish_first(a)
     digest = campaigns.propose(store, (campaign(),))
     assert campaigns.propose(store, (campaign(),)) == digest
     with pytest.raises(ReleaseError, match="0 of 1 approvals; not signed"):
-        campaigns.publish(publisher, digest, ("ops",))
-    with pytest.raises(ReleaseError, match="'eve' may not approve"):
-        campaigns.approve(store, digest, "eve", ("ops",))
-    store.server.overwrite(f"campaigns/{digest}/approvals/eve.json", b"x")
+        campaigns.publish(publisher, digest)
+    with pytest.raises(ConfigError, match="eve cannot approve campaigns here: no trusted key of eve"):
+        campaigns.approve(publisher, digest, "eve")
+    campaigns.approve(publisher, digest, "ops")
+    key = next(k for k in store.server.objects if "/approvals/" in k)
+    word = store.server.data(key)
+    store.server.overwrite(key, word.replace(b"ops", b"eve"))
     with pytest.raises(ReleaseError, match="0 of 1"):
-        campaigns.publish(publisher, digest, ("ops",))
-    campaigns.approve(store, digest, "ops", ("ops",))
+        campaigns.publish(publisher, digest)
+    other = campaigns.propose(store, (campaign(campaign_id="other"),))
+    store.server.overwrite(key.replace(digest, other), word)  # replayed for another proposal
+    with pytest.raises(ReleaseError, match="0 of 1"):
+        campaigns.publish(publisher, other)
+    store.server.overwrite(key, word)
     with robot(tmp_path, store, publisher) as r:
         r.poll(warm_up)
         assert r.campaigns() == ()
-        assert campaigns.publish(publisher, digest, ("ops",)).approved_by == ("ops",)
+        assert campaigns.publish(publisher, digest).approved_by == ("ops",)
         r.poll(warm_up)
         assert r.campaigns() == (campaign(),)
         publisher.publish(b, stable(b))  # a release does not end a campaign …
@@ -137,3 +145,42 @@ def test_a_campaign_that_was_altered_in_the_store_is_refused(tmp_path: Path) -> 
         r.poll(warm_up)
         with pytest.raises(ReleaseError, match=r"campaigns\.json"):
             r.campaigns()
+
+
+YAML = """
+- campaign_id: torque
+  why: a bearing that may wear
+  condition: {on: signal, signal: tau_nm, joint: 1, above: 5}
+  pre_s: 2
+  post_s: 1
+  cameras: [wrist]
+  episodes: 20
+  end_unix_ns: 1900000000000000000
+"""
+
+
+def test_campaigns_go_from_a_file_to_the_robots_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BucketStore()
+    publisher = Publisher(store, tmp_path / "keys")
+    publisher.init(("ops",))
+    publisher.publish_first(make_bundle(tmp_path, "a"))
+    monkeypatch.setattr("flywheel.services.environment.store", lambda: store)
+    monkeypatch.setattr("flywheel.services.environment.publisher", lambda: publisher)
+    file = tmp_path / "campaigns.yaml"
+    file.write_text(YAML.replace("episodes: 20", "episodes: many"))
+    with pytest.raises(ConfigError, match=r"campaigns\.yaml: 0\.episodes = 'many'"):
+        cli.propose(file)
+    file.write_text(YAML)
+    cli.propose(file)
+    (digest,) = campaigns.proposals(store)
+    cli.approve(digest[:8], by="ops")
+    cli.ls()
+    cli.publish(digest[:8])
+    with robot(tmp_path, store, publisher) as r:
+        r.poll(warm_up)
+        (mine,) = r.campaigns()
+    assert (mine.campaign_id, mine.cameras, mine.condition.above) == ("torque", ("wrist",), 5.0)
+    with pytest.raises(ConfigError, match="0 proposals begin so"):
+        cli.publish("nothing")

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flywheel.cli import bench, episodes, keys, operate, rollouts, stages, turns
+from flywheel.cli import bench, campaigns, episodes, keys, operate, rollouts, stages, turns
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ bench.add_to(app)
 stages.add_to(app)
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")
+app.add_typer(campaigns.app, name="campaigns")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)
 

@@ -24,22 +24,31 @@ BY_AN_APPROVER = (Decision.PROMOTE, Decision.SKIP)
 
 def sign(word: Approval, keys: Keys, trust: Trust) -> SignedWord:
     """A word with the signature of whoever gives it. Raises ``ConfigError`` if no fitting key is here."""
-    held = keys.load()
-    for signer in held.values():
-        if trust.names.get(signer.public_key.keyid) == word.by:
-            return SignedWord(word=word, seal=_seal(word.to_bytes(), signer))
-    if word.decision in BY_AN_APPROVER:
-        raise ConfigError(
-            f"{word.by} cannot {word.decision} here: no trusted key of {word.by} lies in {keys.directory}; "
-            f"decide where {APPROVAL}-{word.by}.pem is, or enrol {word.by} with `flywheel keys approver`"
-        )
-    for stem, signer in held.items():
+    if word.decision in BY_AN_APPROVER or word.by in approvers_here(keys, trust):
+        return SignedWord(word=word, seal=approve(word.to_bytes(), word.by, word.decision, keys, trust))
+    for stem, signer in keys.load().items():
         if role_of(stem) == OPERATOR and signer.public_key.keyid in trust.operators:
             return SignedWord(word=word, seal=_seal(word.to_bytes(), signer))
     raise ConfigError(
         f"{word.by} cannot {word.decision} here: neither a key of {word.by} nor the operator's lies in "
         f"{keys.directory}"
     )
+
+
+def approvers_here(keys: Keys, trust: Trust) -> dict[str, CryptoSigner]:
+    """The approvers whose keys lie here, by name."""
+    held = ((trust.names.get(s.public_key.keyid), s) for s in keys.load().values())
+    return {name: signer for name, signer in held if name is not None}
+
+
+def approve(data: bytes, by: str, what: str, keys: Keys, trust: Trust) -> Seal:
+    """An approver's signature. Raises ``ConfigError`` if the key is not here; ``what`` says what for."""
+    if (signer := approvers_here(keys, trust).get(by)) is None:
+        raise ConfigError(
+            f"{by} cannot {what} here: no trusted key of {by} lies in {keys.directory}; decide where "
+            f"{APPROVAL}-{by}.pem is, or enrol {by} with `flywheel keys approver`"
+        )
+    return _seal(data, signer)
 
 
 def believed(signed: SignedWord, trust: Trust) -> str | None:
