@@ -40,7 +40,7 @@ UV = .venv/lock/bin/uv pip compile pyproject.toml --python-version 3.12 --quiet 
 
 lock: setup ## resolve requirements.lock and requirements-edge.lock from pyproject.toml
 	@test -x .venv/lock/bin/uv || { $(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install -qq uv; }
-	@$(UV) --all-extras --output-file requirements.lock
+	@$(UV) --extra train --extra cloud --extra twin --extra dev --output-file requirements.lock
 	@$(UV) --extra twin --constraint requirements.lock --output-file requirements-edge.lock
 	@! grep -nE '://' requirements*.lock
 	@.ci/setup

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from flywheel.episode import (
     sweep,
     verify,
 )
-from flywheel.errors import EpisodeError
+from flywheel.episode.timeline import write_rrd
+from flywheel.errors import ConfigError, EpisodeError
 from flywheel.schema import Manifest, sha256_bytes
 from tests.samples import (
     CAMERAS,
@@ -435,6 +438,27 @@ def test_show_draws_timeline_and_pictures(tmp_path: Path) -> None:
     seal(tmp_path, m, control_table(2000), f, events)
     width, height = png_size(show(tmp_path / m.episode_id, tmp_path / "out" / "e.png"))
     assert (width, height) > (800, 500)
+
+
+def test_a_viewer_that_is_not_installed_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(ConfigError, match=r"--rrd: needs rerun-sdk.*pip install 'flywheel\[rerun\]'"):
+        write_rrd(tmp_path, tmp_path / "x.rrd")
+
+
+def test_a_rerun_recording_has_every_signal_and_camera(tmp_path: Path) -> None:
+    rr = pytest.importorskip("rerun", reason="rerun-sdk is optional")
+    m = draft(seconds=2.0)
+    seal(tmp_path, m, control_table(2000), frames_table(20), events_table((100, "mode", "ramp")))
+    rrd = write_rrd(tmp_path / m.episode_id, tmp_path / "out" / "x.rrd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its successor is experimental
+        recording = rr.recording.load_recording(rrd)
+    paths = {c.entity_path for c in recording.schema().component_columns()}
+    assert {"/events", *(f"/cameras/{c}" for c in CAMERAS)} <= paths
+    assert sum(p.startswith("/control/q") for p in paths) == 2 * m.joints
 
 
 def test_show_draws_what_there_is_of_an_empty_or_damaged_recording(tmp_path: Path) -> None:

@@ -118,8 +118,12 @@ def ask(
 def show(
     directory: Annotated[Path, typer.Argument(help="An episode's directory.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default beside the directory.")] = None,
+    rrd: Annotated[Path | None, typer.Option(help="Also write this .rrd, for the Rerun viewer.")] = None,
 ) -> None:
     """Draw an episode: joints, modes, events, pictures."""
     from flywheel import episode
+    from flywheel.episode.timeline import write_rrd
 
+    if rrd is not None:
+        console.print(str(write_rrd(directory, rrd)))
     console.print(str(episode.show(directory, out or directory.with_suffix(".png"))))
