@@ -73,6 +73,7 @@ class Attempt:
         )
         self.policy: ActionSource = Policy.load(bundle) if policy is None else policy
         self.lockstep = Lockstep(self.robot, self.robot, self.policy, settings, record, jpeg_quality)
+        self._latency_ns = self.lockstep.latency_ns
         self._operator = operator_takes_over
         self._episode_s = episode_s
         self._progress = 0.0
@@ -87,9 +88,10 @@ class Attempt:
         self.policy = policy
         self.lockstep.system2.policy = policy
 
-    def run(self, seed: int, target: str | None = None) -> AttemptResult:
-        """One attempt in the scene of ``seed``."""
+    def run(self, seed: int, target: str | None = None, *, latency_ms: float | None = None) -> AttemptResult:
+        """One attempt in the scene of ``seed``; ``latency_ms`` is System 2's in this attempt."""
         loop, cell = self.lockstep, self.cell
+        loop.latency_ns = self._latency_ns if latency_ms is None else round(latency_ms * 1e6)
         self.robot.reset(seed, target)
         loop.reset()
         self._progress = 0.0

@@ -154,6 +154,10 @@ class GateSettings(Section):
     lab_episodes: Count = 200  # most paired episodes in the lab
     look_pairs: Count = 10  # pairs between two looks at success; it may be decided at each look
     max_scenarios: Count = 20  # recorded failures that are replayed, the newest
+    sweep_shifts: Annotated[tuple[str, ...], Field(min_length=1)] = ("dim", "table", "camera", "parts")
+    sweep_pairs: Count = 5  # in each of them
+    latency_ms: Positive = 80.0  # of System 2, injected
+    latency_pairs: Count = 10  # with it, in the shift and in the lab each
     seed: Seed = 0  # scenes also depend on the two policies, so that each gate draws fresh ones
     min_lift: Annotated[float, Field(ge=-1, le=1)] = 0.0  # the lift's interval must lie above this
     max_lab_drop: Fraction = 0.05  # success that the lab may lose

@@ -59,6 +59,7 @@ class Job(NamedTuple):
     bundle: Path
     shift: str
     seed: int
+    latency_ms: float | None = None  # of System 2, injected; None for the usual
 
 
 class Attempted(Strict):
@@ -67,6 +68,7 @@ class Attempted(Strict):
     digest: str  # of the bytes that the worker loaded
     shift: str
     seed: int
+    latency_ms: float | None = None  # of System 2, where it was injected
     outcome: Outcome
     duration_s: float | None
     steps: int  # ticks of System 1
@@ -125,7 +127,7 @@ class Runner(Protocol):
     @property
     def digest(self) -> str: ...
 
-    def run(self, seed: int) -> AttemptResult: ...
+    def run(self, seed: int, *, latency_ms: float | None = None) -> AttemptResult: ...
 
     def close(self) -> None: ...
 
@@ -262,7 +264,7 @@ class Evaluator:
 
     def run(self, jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[Attempted]:
         """Attempts in the order of ``jobs``. The first that fails ends the run with its error."""
-        jobs = [Job(j.bundle.absolute(), j.shift, j.seed) for j in jobs]
+        jobs = [j._replace(bundle=j.bundle.absolute()) for j in jobs]
         self._start(min(self.workers, len(jobs)))
         results: dict[int, Attempted] = {}
         waiting: Iterator[int] = iter(range(len(jobs)))
@@ -370,11 +372,12 @@ def _work(conn: Connection, make: Callable[[Path, str], Runner], parent: int) ->
 
 
 def _attempted(runner: Runner, job: Job) -> Attempted:
-    r = runner.run(job.seed)
+    r = runner.run(job.seed, latency_ms=job.latency_ms)
     return Attempted(
         digest=runner.digest,
         shift=job.shift,
         seed=job.seed,
+        latency_ms=job.latency_ms,
         outcome=Outcome(r.outcome),
         duration_s=_finite(r.duration_s),
         steps=int(r.steps),

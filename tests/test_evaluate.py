@@ -37,7 +37,7 @@ class Fake:
     def close(self):
         pass
 
-    def run(self, seed):
+    def run(self, seed, *, latency_ms=None):
         if self.shift == "crash":
             raise RuntimeError("the arm fell off")
         if self.shift == "killed":

@@ -84,6 +84,11 @@ class World:
     calls: int = 0
     walls: int = 0
 
+    def skill_in(self, job: Job) -> tuple[float, float]:
+        slow = self.skill.get("latency", (1.0, 1.0)) if job.latency_ms else (1.0, 1.0)
+        a, b = self.skill.get(job.shift, self.skill["lab"])
+        return a * slow[0], b * slow[1]
+
     def evaluate(self, jobs: Sequence[Job]) -> Any:
         digests = {p: bundle_digest(p) for p in (self.candidate, self.current)}
         out = []
@@ -92,13 +97,14 @@ class World:
             shared, own, mixed, motion = np.random.default_rng([job.seed, self.luck]).random(4)
             if mixed > self.agreement and new:
                 shared = own
-            won = shared < self.skill[job.shift][new]
+            won = shared < self.skill_in(job)[new]
             error = 0.02 * math.exp(0.3 * (motion - 0.5)) * (self.tracking if new else 1.0)
             out.append(
                 Attempted(
                     digest=digests[job.bundle],
                     shift=job.shift,
                     seed=job.seed,
+                    latency_ms=job.latency_ms,
                     outcome=Outcome.SUCCESS if won else Outcome.TIMEOUT,
                     duration_s=3.0,
                     steps=30,
@@ -491,19 +497,56 @@ def test_a_run_without_a_single_sample_is_missing_not_zero() -> None:
             assert bar.read(cast(Any, run)) is None
 
 
+def test_a_policy_that_paid_for_its_lift_with_robustness_is_stopped(world: World, tmp_path: Path) -> None:
+    world.skill |= dict.fromkeys(SETTINGS.sweep_shifts, (0.9, 0.1))
+    report = world.judge(tmp_path / "out")
+    assert report.verdict is not Verdict.PROMOTE
+    (check,) = (c for c in report.checks if c.name == task.SWEEP)
+    assert check.verdict is Verdict.ROLL_BACK
+    assert set(check.evidence["successes"]) == set(SETTINGS.sweep_shifts)
+    assert world.walls == 0, "what is proven worse is not run any further"
+
+
+def test_a_policy_that_only_works_when_it_is_fast_is_stopped(world: World, tmp_path: Path) -> None:
+    world.skill["latency"] = (1.0, 0.1)
+    report = world.judge(tmp_path / "out")
+    assert report.verdict is not Verdict.PROMOTE
+    (check,) = (c for c in report.checks if c.name == task.LATENCY)
+    assert check.verdict is Verdict.ROLL_BACK
+
+
+def test_attempts_without_the_latency_that_was_asked_for_are_no_evidence(
+    world: World, tmp_path: Path
+) -> None:
+    world.attempts_fault = lambda call, attempts: [
+        a.model_copy(update={"latency_ms": None}) for a in attempts
+    ]
+    report = world.judge(tmp_path / "out")
+    assert report.verdict is Verdict.HOLD
+    (check,) = (c for c in report.checks if c.name == task.LATENCY)
+    assert check.value is None
+    assert "had a latency of None ms, not 80.0" in check.evidence["reason"]
+
+
 def test_past_failures_are_counted_by_what_became_of_them() -> None:
     outcomes = [(False, True)] * 5 + [(False, False)] * 3 + [(True, False)] * 2 + [(True, True)]
     pairs = [
         task.Pair(_attempt(a, "factory", i), _attempt(b, "factory", i)) for i, (a, b) in enumerate(outcomes)
     ]
-    check = task.past_failures(pairs)
+    check = task.not_worse(task.PAST_FAILURES, pairs)
     assert {k: check.evidence[k] for k in ("fixed", "still_failing", "newly_failing", "passing")} == {
         "fixed": 5, "still_failing": 3, "newly_failing": 2, "passing": 1,
     }  # fmt: skip
     assert check.evidence["scenarios"]["newly_failing"] == ["factory:8", "factory:9"]
     assert check.verdict is Verdict.PROMOTE
-    assert task.past_failures([p for p in pairs if p.current.success][:2] * 2).verdict is Verdict.HOLD
-    assert task.past_failures([p for p in pairs if p.current.success][:2] * 4).verdict is Verdict.ROLL_BACK
+    assert (
+        task.not_worse(task.PAST_FAILURES, [p for p in pairs if p.current.success][:2] * 2).verdict
+        is Verdict.HOLD
+    )
+    assert (
+        task.not_worse(task.PAST_FAILURES, [p for p in pairs if p.current.success][:2] * 4).verdict
+        is Verdict.ROLL_BACK
+    )
 
 
 def test_seconds_between_the_sides_of_a_pair_are_shared(world: World, tmp_path: Path) -> None:

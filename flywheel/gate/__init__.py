@@ -133,7 +133,8 @@ def required_checks(shift: str) -> tuple[str, ...]:
     """Names of all checks of a gate for failures that came from ``shift``."""
     paired = (f"{what} in {s}" for s in dict.fromkeys((shift, LAB)) for what in ("success", "progress"))
     tracking = (task.TRACKING, task.TRACKING_SPREAD)
-    return ("bundle", task.PAST_FAILURES, *paired, "invalid output", *tracking, *wall.CHECKS)
+    stress = (task.SWEEP, task.LATENCY)
+    return ("bundle", task.PAST_FAILURES, *paired, *tracking, *stress, "invalid output", *wall.CHECKS)
 
 
 def decide(checks: Sequence[Check], required: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:

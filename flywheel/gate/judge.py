@@ -6,7 +6,7 @@ Cheap and telling checks come first, and what is proven worse is not run any fur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from flywheel.config import GateSettings
@@ -38,6 +38,7 @@ class Judge:
         # Fresh scenes for each pair of policies: scenes used turn after turn would select for luck on them.
         self.entropy = [settings.seed, *(int(sha256_bytes(d.encode())[:8], 16) for d in digests)]
         self.pairs: list[Pair] = []
+        self._stressed: list[Pair] = []  # with latency injected
         self._found: list[Check] = []
         self._spare: list[Scenario] = []  # the lab's scenes that success did not take
 
@@ -47,8 +48,10 @@ class Judge:
         for s in dict.fromkeys((self.settings.shift, LAB)):
             if not self._proven_worse():
                 self._found += self._success(s)
-        tracking = self._tracking()
-        self._found += [task.invalid_output(self.pairs), *tracking]
+        self._found += self._tracking()
+        if not self._proven_worse():
+            self._found += [self._sweep(), self._latency()]
+        self._found.append(task.invalid_output([*self.pairs, *self._stressed]))
         if not self._proven_worse():
             self._found += self._wall()
         return self._found
@@ -56,9 +59,9 @@ class Judge:
     def _proven_worse(self) -> bool:
         return any(c.verdict is Verdict.ROLL_BACK for c in self._found)
 
-    def _run(self, scenes: Sequence[Scenario]) -> tuple[list[Pair], str]:
+    def _run(self, scenes: Sequence[Scenario], latency_ms: float | None = None) -> tuple[list[Pair], str]:
         """Both policies on each scene, and why the answer is no evidence ("" if it is)."""
-        jobs = [Job(path, s.shift, s.seed) for s in scenes for path in self.paths]
+        jobs = [Job(path, s.shift, s.seed, latency_ms) for s in scenes for path in self.paths]
         try:
             attempts = list(self.evaluate(jobs) or ())
         except FlywheelError as e:
@@ -68,10 +71,12 @@ class Judge:
         for i, (job, a) in enumerate(zip(jobs, attempts, strict=True)):
             if (a.shift, a.seed) != (job.shift, job.seed):
                 return [], f"an attempt is of {a.shift} seed {a.seed}, not of {job.shift} seed {job.seed}"
+            if a.latency_ms != job.latency_ms:
+                return [], f"an attempt had a latency of {a.latency_ms} ms, not {job.latency_ms}"
             if a.digest != self.digests[i % 2]:
                 return [], f"stale: an attempt ran bundle {a.digest[:12]}, not {self.digests[i % 2][:12]}"
         pairs = [Pair(*attempts[i : i + 2]) for i in range(0, len(attempts), 2)]
-        self.pairs.extend(pairs)
+        (self.pairs if latency_ms is None else self._stressed).extend(pairs)
         return pairs, ""
 
     def _past_failures(self, scenarios: Sequence[Scenario]) -> Check:
@@ -83,7 +88,30 @@ class Judge:
         self.progress(task.PAST_FAILURES, 0, len(scenes))
         pairs, problem = self._run(scenes)
         self.progress(task.PAST_FAILURES, len(scenes), len(scenes))
-        return task.hold(task.PAST_FAILURES, problem) if problem else task.past_failures(pairs)
+        return (
+            task.hold(task.PAST_FAILURES, problem) if problem else task.not_worse(task.PAST_FAILURES, pairs)
+        )
+
+    def _sweep(self) -> Check:
+        """Shifts that nobody trained for: what was robust must stay so."""
+        s = self.settings
+        return self._stress(task.SWEEP, [x for x in s.sweep_shifts if x not in (s.shift, LAB)], s.sweep_pairs)
+
+    def _latency(self) -> Check:
+        """System 2 as slow as a busy machine makes it."""
+        s = self.settings
+        return self._stress(task.LATENCY, dict.fromkeys((s.shift, LAB)), s.latency_pairs, s.latency_ms)
+
+    def _stress(self, name: str, shifts: Iterable[str], each: int, latency_ms: float | None = None) -> Check:
+        scenes = [
+            Scenario(shift, x)
+            for shift in shifts
+            for x in scene_seeds([*self.entropy, *f"{name} {shift}".encode()], each)
+        ]
+        self.progress(name, 0, len(scenes))
+        pairs, problem = self._run(scenes, latency_ms)
+        self.progress(name, len(scenes), len(scenes))
+        return task.hold(name, problem) if problem else task.not_worse(name, pairs)
 
     def _success(self, shift: str) -> list[Check]:
         """Success and progress in one shift, by as many pairs as they take to decide, up to the budget."""

@@ -28,6 +28,8 @@ FloatArray = NDArray[np.float64]
 
 LAB = "lab"
 PAST_FAILURES = "past failures"
+SWEEP = "robustness sweep"
+LATENCY = "latency injected"
 TRACKING = "tracking in lockstep"
 TRACKING_SPREAD = "tracking spread in lockstep"
 TRACKING_LOOKS = 2
@@ -118,15 +120,16 @@ def _difference(
     )
 
 
-def past_failures(pairs: Sequence[Pair]) -> Check:
-    """Scenes of recorded failures, replayed: may veto, where more fails anew than chance explains.
+def not_worse(name: str, pairs: Sequence[Pair]) -> Check:
+    """May veto, where more fails anew than chance explains; few pairs, so it shows no more than that.
 
-    That the failures are mended at all is for the check of success in their shift to show, on scenes that
-    nobody selected: recorded failures regress to the mean even under an unchanged policy.
+    Of recorded failures, replayed: that they are mended at all is for the check of success in their shift to
+    show, on scenes that nobody selected, since failures regress to the mean even under an unchanged policy.
+    Of other shifts and of injected latency: nobody asked the candidate to be better there.
     """
     text = f"not more newly failing than fixed, beyond chance (exact McNemar, one-sided p > {WORSE_HOLD_P:g})"
     if not pairs:
-        return hold(PAST_FAILURES, "no recorded failure was replayed", text)
+        return hold(name, "nothing was run", text)
     classes: dict[str, list[str]] = {"fixed": [], "still_failing": [], "newly_failing": [], "passing": []}
     for p in pairs:
         if p.candidate.success:
@@ -144,9 +147,24 @@ def past_failures(pairs: Sequence[Pair]) -> Check:
         verdict = Verdict.PROMOTE
     low, high = paired_interval(fixed, broken, n)
     evidence: dict[str, Any] = {kind: len(scenes) for kind, scenes in classes.items()}
-    evidence |= {"p_worse": p_worse, "scenarios": classes, "threshold": 0.0, "scale": "difference"}
+    by_shift = {
+        s: {
+            "candidate": sum(p.candidate.success for p in mine),
+            "current": sum(p.current.success for p in mine),
+            "of": len(mine),
+        }
+        for s in dict.fromkeys(p.candidate.shift for p in pairs)
+        for mine in [[p for p in pairs if p.candidate.shift == s]]
+    }
+    evidence |= {
+        "p_worse": p_worse,
+        "successes": by_shift,
+        "scenarios": classes,
+        "threshold": 0.0,
+        "scale": "difference",
+    }
     return Check(
-        name=PAST_FAILURES,
+        name=name,
         verdict=verdict,
         value=(fixed - broken) / n,
         low=low,

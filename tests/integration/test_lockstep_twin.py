@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flywheel.attempt import Attempt
 from flywheel.edge.lockstep import Lockstep
 from flywheel.edge.policy import Policy
 from flywheel.edge.runtime import run_wall
@@ -84,6 +85,16 @@ def test_an_attempt_in_the_twin_is_the_same_twice_and_the_operator_succeeds(
 
 
 @pytest.mark.slow
+def test_injected_latency_lasts_for_one_attempt(bundle: Path) -> None:
+    attempt = Attempt(bundle, "lab", episode_s=1.0)
+    usual = attempt.run(5)
+    slow = attempt.run(5, latency_ms=300.0)
+    again = attempt.run(5)
+    attempt.close()
+    assert slow.mode_ticks != usual.mode_ticks, "chunks that come 0.3 s late make no difference"
+    assert (again.mode_ticks, again.tracking_rms_rad) == (usual.mode_ticks, usual.tracking_rms_rad)
+
+
 def test_the_twin_runs_in_real_time(bundle: Path) -> None:
     result = run_wall(bundle, "lab", seconds=2.0, seed=3)
     assert result.digest == bundle_digest(bundle)
