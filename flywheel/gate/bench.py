@@ -66,7 +66,7 @@ def bench(full: bool = False) -> dict[str, Any]:
     _levels(20_000 if full else 4_000, figures, bar)
     _sizes(20_000 if full else 4_000, figures, bar)
     _spread(2_000 if full else 300, bar)
-    _gates(500 if full else 30, figures, bar)
+    _gates(500 if full else 24, figures, bar)
     for failures, trials in enumerate(PUBLISHED):
         found = stats.trials_for_reliability(0.999, 0.95, failures)
         bar(f"trials_for_99.9_with_{failures}_failures", float(found), "==", float(trials))
@@ -217,7 +217,9 @@ def _gates(n: int, figures: dict[str, float], bar: Bar) -> None:
         bar(f"promoted_{name}", float(np.mean([g.verdict is Verdict.PROMOTE for g in gates])), ">=", 0.90)
         figures[f"pairs_in_gate_{name}"] = float(np.mean([g.pairs for g in gates]))
         figures[f"wall_pairs_in_gate_{name}"] = float(np.mean([g.wall_pairs for g in gates]))
-        figures[f"pairs_planned_{name}"] = float(len(SCENARIOS) + settings.episodes + settings.lab_episodes)
+        stress = settings.sweep_pairs * len(settings.sweep_shifts) + 2 * settings.latency_pairs
+        planned = len(SCENARIOS) + settings.episodes + settings.lab_episodes + stress
+        figures[f"pairs_planned_{name}"] = float(planned)
 
 
 @dataclass
@@ -262,6 +264,7 @@ class _Gate:
                     digest=DIGESTS[new],
                     shift=job.shift,
                     seed=job.seed,
+                    latency_ms=job.latency_ms,
                     outcome=Outcome.SUCCESS if won else Outcome.TIMEOUT,
                     duration_s=3.0,
                     steps=3000,
