@@ -83,6 +83,26 @@ def decide(
     console.print(f"{rollout_id}: {decision} by {given.by}; takes effect at the next look")
 
 
+@app.command("twin")
+def twin_trust(json: Json = False) -> None:
+    """How far the twin may be trusted: what it said of past releases against what the robots did."""
+    from flywheel.config import Settings
+    from flywheel.rollout import twin
+    from flywheel.services.environment import store
+
+    outcomes = twin.past(store())
+    found = twin.trust(outcomes, Settings.load().rollout)
+    if json:
+        show(found, True)
+        return
+    lines: list[list[Any]] = [
+        [o.rollout_id, o.check, f"{o.twin:.2f} of {o.twin_n}", f"{o.robots:.2f} of {o.robots_n}"]
+        for o in outcomes
+    ]
+    rows(["rollout", "check", "in the twin", "on the robots"], lines, False)
+    console.print(found.sentence())
+
+
 @app.command()
 def reseal(rollout_id: Id) -> None:
     """Go on after a change of the operator's key, where the old one was put away."""

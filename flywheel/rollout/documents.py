@@ -25,6 +25,7 @@ from flywheel.schema import (
 )
 
 Natural = Annotated[int, Field(ge=0)]
+TWIN_PREFIX = "fleet/twin/"
 
 
 class Tail(Strict):
@@ -149,6 +150,45 @@ class SignedWord(Strict):
         return f"rollouts/{self.word.rollout_id}/approvals/{self.word.digest}.json"
 
 
+class TwinOutcome(Strict):
+    """A policy's success in the twin, by its gate, and on the robots, by its rollout."""
+
+    schema_version: Literal[1] = 1
+    rollout_id: str = Field(pattern=ROLLOUT_ID)
+    bundle_digest: str = Field(pattern=DIGEST)
+    check: str  # of the gate report
+    twin: float = Field(ge=0, le=1)
+    twin_n: int = Field(ge=1)
+    robots: float = Field(ge=0, le=1)
+    robots_n: int = Field(ge=1)
+
+    @property
+    def key(self) -> str:
+        """Where it lies in the store."""
+        return f"{TWIN_PREFIX}{self.rollout_id}.json"
+
+
+class TwinTrust(Strict):
+    """What past releases say of the twin. ``poor`` is None while there are too few to tell."""
+
+    schema_version: Literal[1] = 1
+    releases: int
+    rank_correlation: float | None = None
+    rank_violation: float | None = None  # mean maximum, in success
+    bias: float | None = None  # mean of twin minus robots, in success
+    poor: bool | None = None
+
+    def sentence(self) -> str:
+        """For a person."""
+        if self.poor is None:
+            return f"the twin is not judged yet: {self.releases} releases"
+        word = "poorly trusted" if self.poor else "trusted"
+        return (
+            f"the twin is {word}: over {self.releases} releases rank correlation "
+            f"{self.rank_correlation:.2f}, rank violation {self.rank_violation:.2f}, bias {self.bias:+.2f}"
+        )
+
+
 class RolloutState(Strict):
     """``rollouts/<id>/<n>.json``: one decision, with its evidence. Never changed; the highest ``n`` holds."""
 
@@ -170,6 +210,7 @@ class RolloutState(Strict):
     heeded: tuple[str, ...] = ()  # digests of the words that took effect
     previous: Release  # what the fleet returns to
     settings: RolloutSettings  # as they were when it started
+    twin_trust: TwinTrust | None = None  # then, too
     git_rev: str = ""
     experiment: str = ""
     minimum_runtime: str = "0.1.0"

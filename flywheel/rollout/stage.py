@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from flywheel.config import RolloutSettings
 from flywheel.errors import BundleError, Conflict, NotFound, StageError, StoreError
 from flywheel.release import Publisher, Trust
+from flywheel.rollout import twin
 from flywheel.rollout.documents import (
     Approval,
     Decision,
@@ -135,6 +136,7 @@ def start(
     below = cohort_limit(rid, [r.robot for r in following], settings.canary_fraction)
     trust = publisher.load().trust()
     _bring(store, publisher, candidate)
+    trusted = twin.trust(twin.past(store), settings)
     if other is not None:
         _supersede(store, publisher, other, rid, now)
     first = RolloutState(
@@ -142,7 +144,8 @@ def start(
         n=1,
         t_unix_ns=now,
         stage=RolloutStage.SHADOW,
-        reason=f"the gate promotes it over {stable.digest[:12]}: it is compared, and does not act",
+        reason=f"the gate promotes it over {stable.digest[:12]}: it is compared, and does not act"
+        + (f"; {trusted.sentence()}" if trusted.poor else ""),
         since_n=1,
         since_unix_ns=now,
         bundle_digest=candidate,
@@ -150,7 +153,8 @@ def start(
         cohort_below=below,
         site_below=site_limits(rid, following, settings.site_cap),
         previous=stable,
-        settings=settings,
+        settings=twin.demand(settings, trusted),
+        twin_trust=trusted,
         git_rev=git_rev,
         experiment=experiment,
         minimum_runtime=minimum_runtime,
@@ -198,6 +202,7 @@ def look(
                 continue
         decide_s = time.perf_counter() - began
         follow(store, publisher, rid, offered)
+        twin.remember(store, after, gate)
         checks = () if after.over else assess(after, evidence)[1]
         return Look(after, after is not state, evidence, checks, decide_s)
     raise StageError(f"rollout {rid}: other looks won {ATTEMPTS} times in a row; try again")

@@ -9,6 +9,7 @@ otherwise: a one-sided test at level ``alpha`` reads one limit of the interval a
     proportions   success rates, their differences, demonstrated reliability
     ratios        timings and tracking errors over runs: percentiles and ratios
     spread        not where values lie but how far apart: collapse and growth of variance
+    ranks         whether one measure orders policies as another does
     multiplicity  many tests at once
 
 Sources
@@ -28,6 +29,8 @@ Sources
     McCulloch, Commun. Stat. Theory Methods 16 (1987) 1377-1391 (spread of paired values, by ranks), after
     Pitman, Biometrika 31 (1939) 9-12 and Morgan, ibid. 13-19.
     Holm, Scand. J. Stat. 6 (1979) 65-70.
+    Spearman, Am. J. Psychol. 15 (1904) 72-101.
+    Li et al., CoRL 2024, arXiv:2405.05941 (mean maximum rank violation of a simulator).
 """
 
 from flywheel.stats.estimates import Difference, Estimate, Moments, Percentiles
@@ -41,6 +44,7 @@ from flywheel.stats.proportions import (
     unpaired_difference,
     wilson,
 )
+from flywheel.stats.ranks import mean_maximum_rank_violation, rank_correlation
 from flywheel.stats.ratios import (
     log_moments,
     paired_ratio,
@@ -63,6 +67,7 @@ __all__ = [
     "log_capital",
     "log_moments",
     "mcnemar",
+    "mean_maximum_rank_violation",
     "paired_difference",
     "paired_interval",
     "paired_ratio",
@@ -72,6 +77,7 @@ __all__ = [
     "percentiles",
     "proven_reliability",
     "quantile_range",
+    "rank_correlation",
     "trials_for_reliability",
     "trials_left",
     "unpaired_difference",

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from flywheel.stats.estimates import Estimate, z_of
+from flywheel.stats.ranks import rank_correlation
 
 _LOG_RATIO = 12.0  # spreads that differ by more than exp(12) are as good as infinitely far apart
 
@@ -58,22 +59,8 @@ def _solve(x: NDArray[np.float64], y: NDArray[np.float64], target: float) -> flo
         mid = (lo + hi) / 2
         scaled = y * math.exp(-mid)
         # > 0 while y, scaled, still spreads more than x
-        if _rank_correlation(scaled + x, scaled - x) > target:
+        if rank_correlation(scaled + x, scaled - x) > target:
             lo = mid
         else:
             hi = mid
     return (lo + hi) / 2
-
-
-def _rank_correlation(u: NDArray[np.float64], v: NDArray[np.float64]) -> float:
-    """Spearman's, with average ranks for ties; 0 where one side is constant."""
-    p, q = _ranks(u), _ranks(v)
-    norm = math.sqrt(float(p @ p) * float(q @ q))
-    return float(p @ q) / norm if norm else 0.0
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Average ranks, about their mean."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[group] - (values.size + 1) / 2)
