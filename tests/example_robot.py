@@ -29,3 +29,6 @@ class MyArm:
 
     def stop(self) -> None:
         self._sdk.brake()
+
+    def power_on(self) -> None:
+        self._sdk.release()

@@ -76,7 +76,7 @@ class Tiny:
         self.rate_hz = 1.0 / dt
         self.tool = 0.0
         self.tau: FloatArray = np.zeros(JOINTS)
-        self.stops = 0
+        self.stops = self.starts = 0
         self.knows_mass = True
         self.brightness = brightness
         self.disturb: Callable[[JointState], None] | None = None
@@ -108,6 +108,9 @@ class Tiny:
     def stop(self) -> None:
         self.stops += 1
         self.dq[:] = 0.0  # brakes
+
+    def power_on(self) -> None:
+        self.starts += 1
 
     def observe(self) -> Observation:
         return look(self.t_ns, self.q, self.tool, self.brightness)

@@ -515,6 +515,20 @@ def test_a_policy_that_only_works_when_it_is_fast_is_stopped(world: World, tmp_p
     assert check.verdict is Verdict.ROLL_BACK
 
 
+def test_chunks_refused_under_stress_are_told_and_cost_no_more_than_the_attempt(
+    world: World, tmp_path: Path
+) -> None:
+    world.attempts_fault = lambda call, attempts: [
+        a.model_copy(update={"invalid_chunks": 3}) if a.shift == "dim" or a.latency_ms else a
+        for a in attempts
+    ]
+    report = world.judge(tmp_path / "out")
+    assert report.verdict is Verdict.PROMOTE, report.reasons
+    (check,) = (c for c in report.checks if c.name == task.SWEEP)
+    each = 3 * SETTINGS.sweep_pairs
+    assert check.evidence["refused_chunks"] == {"candidate": each, "current": each}
+
+
 def test_attempts_without_the_latency_that_was_asked_for_are_no_evidence(
     world: World, tmp_path: Path
 ) -> None:

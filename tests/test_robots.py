@@ -239,6 +239,30 @@ def test_servos_are_seen_with_their_lag_their_steps_and_their_latency() -> None:
     servos.stop()
     servos.exchange(np.array([0.0, 0.0]), 1.0, out)
     assert np.abs(out.q - [0.5, -0.5]).max() < 2e-3
+    servos.power_on()
+    servos.exchange(None, 1.0, out)
+    assert np.abs(out.q - [0.5, -0.5]).max() < 2e-3, "power alone moved it"
+
+
+def test_a_device_that_was_stopped_takes_commands_again_when_it_has_power() -> None:
+    robot = RemoteRobot("servos", "tests.test_robots:flaky", {"what": "nothing"}, limits(), 100.0)
+    try:
+        state = JointState(JOINTS)
+
+        def at(goal: float) -> bool:
+            robot.write(np.full(JOINTS, goal), 0.0)
+            robot.read(state)
+            return bool(np.abs(state.q - goal).max() < 3e-3)
+
+        wait_for(lambda: at(0.2))
+        robot.stop()
+        seen = state.t_ns
+        wait_for(lambda: at(0.0) or state.t_ns > seen + 300 * MS)
+        assert np.abs(state.q - 0.2).max() < 3e-3, "it moved although it was stopped"
+        robot.power_on()
+        wait_for(lambda: at(0.1))
+    finally:
+        robot.close()
 
 
 # ── lerobot ───────────────────────────────────────────────────────────────────────────────────────────

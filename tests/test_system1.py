@@ -559,8 +559,10 @@ def test_the_supervisor_can_ask_for_any_stop_and_a_person_resets_it(command: int
     rig.run(0.2, lambda: rig.send(rig.approach()))
     if ends != Mode.HOLD:
         assert rig.mode() == ends  # latched
+        assert (rig.robot.stops, rig.robot.starts) == (1, 0)
         rig.control[RESET] += 1
         rig.run(0.3, lambda: rig.send(rig.approach()))
+        assert (rig.robot.stops, rig.robot.starts) == (1, 1), "it follows without power"
     assert rig.mode() == Mode.FOLLOW
     if ends != Mode.STOP_0:  # brakes know no jerk limit
         rig.check()

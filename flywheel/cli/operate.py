@@ -15,10 +15,11 @@ from flywheel.errors import ConfigError, StageError
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (demo, up, down, status, fleet, trace):
+    for command in (demo, up, down, status, doctor, fleet, experiments, trace):
         app.command()(command)
     edge = typer.Typer(help="One robot.", no_args_is_help=True)
     edge.command("run")(run_edge)
+    edge.command("reset")(reset_edge)
     edge.command("unit")(unit)
     app.add_typer(edge, name="edge")
 
@@ -78,6 +79,17 @@ def status(json: Json = False) -> None:
     show(services.status(Deployment.from_env().home), json)
 
 
+def doctor(json: Json = False) -> None:
+    """Whether this machine and what it is connected to are fit to run the wheel. Exit 1 for a problem."""
+    from flywheel.config import Deployment
+    from flywheel.doctor import Health, examine
+
+    found = examine(Deployment.from_env())
+    rows(["", "health", "what"], [[f.name, f.health.value, f.what] for f in found], json)
+    if problems := [f for f in found if f.health is Health.PROBLEM]:
+        raise ConfigError(f"{problems[0].name}: {problems[0].what}")
+
+
 def fleet(json: Json = False) -> None:
     """What every robot last said of itself."""
     from flywheel.rollout.evidence import read_robots
@@ -101,6 +113,25 @@ def fleet(json: Json = False) -> None:
     rows(columns, lines, json)
     for line in ignored:
         messages.print(f"ignored: {line}")
+
+
+def experiments(json: Json = False) -> None:
+    """Every turn with its figures, from `dvc exp show`."""
+    from flywheel.experiments import Experiment
+    from flywheel.experiments import experiments as listed
+    from flywheel.workspace import source_checkout
+
+    found = listed(source_checkout())
+    short = [
+        e._replace(
+            rev=e.rev[:8],
+            policy=(e.policy or "")[:12],
+            replaces=(e.replaces or "")[:12],
+            loss=None if e.loss is None else round(e.loss, 4),
+        )
+        for e in found
+    ]
+    rows(list(Experiment._fields), [list(e) for e in (found if json else short)], json)
 
 
 def run_edge(
@@ -175,6 +206,19 @@ def run_edge(
             delivery=delivery,
         )
     show(result, json)
+
+
+def reset_edge(
+    state: Annotated[Path, typer.Option(help="The robot's own directory, as in `edge run --state`.")],
+) -> None:
+    """Acknowledge a stop: the robot gets power and holds, and follows its policy when that does well again.
+
+    As the user that the robot runs as. What still asks to stop goes on doing so.
+    """
+    from flywheel.edge.handover import acknowledge
+
+    acknowledge(state)
+    console.print("acknowledged")
 
 
 def unit(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +47,7 @@ class RuntimeRecord(Strict):
     previous: BundleRef | None = None
     refusal: Refusal | None = None
     trial: bool = False
+    supervisor: ProcessRecord | None = None  # who watches; None: nobody has told
 
 
 class StateDirectory:
@@ -146,6 +148,21 @@ def read_record(root: Path) -> RuntimeRecord | None:
     except (OSError, ValidationError):
         return None
     return record if record.boot_id == boot_id() else None
+
+
+def acknowledge(root: Path) -> None:
+    """A person acknowledges the stop of the robot whose supervisor works in a state directory.
+
+    Raises ``ConfigError`` if none does.
+    """
+    record = read_record(root)
+    supervisor = None if record is None or record.supervisor is None else Child.adopt(record.supervisor)
+    if supervisor is None:
+        raise ConfigError(f"{root}: no supervisor works here; start the robot with this --state")
+    try:
+        supervisor.signal(signal.SIGUSR1)
+    finally:
+        supervisor.close()
 
 
 def boot_id() -> str:

@@ -22,7 +22,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from flywheel.edge import realtime
-from flywheel.edge.children import Child, Kept, ProcessRecord, Watched
+from flywheel.edge.children import Child, Kept, ProcessRecord, Watched, started_at
 from flywheel.edge.figures import Figures, Quantiles, WallResult
 from flywheel.edge.handover import Found, RuntimeRecord, StateDirectory, boot_id
 from flywheel.edge.link import Arena, Ring, load
@@ -32,7 +32,7 @@ from flywheel.edge.processes import SUPERVISOR_PID, BundleRef, Plan, Shared
 from flywheel.edge.rows import EventLog, Rings, event_dtype
 from flywheel.edge.safety import CATEGORY_2
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import COMMAND, HEARTBEAT
+from flywheel.edge.system1 import COMMAND, HEARTBEAT, RESET
 from flywheel.errors import BundleError, ConfigError, ServiceError
 from flywheel.schema import Bundle, bundle_digest
 
@@ -98,7 +98,11 @@ class Wall:
             for role in roles:
                 tell = lambda name, detail: self._tell("plant", name, detail)  # noqa: E731
                 self._kept.append(Kept(role, plan.supervision, self._spawn, tell, beats=role == "recorder"))
-        self._handler: Any = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._me = ProcessRecord(
+            role="supervisor", place="", generation=0, pid=os.getpid(), started=started_at(os.getpid()) or 0
+        )
+        self._acknowledged = False
         _warm_up()
 
     # ── what it says of itself ───────────────────────────────────────────────────────────────────────
@@ -161,7 +165,10 @@ class Wall:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, _interrupt)
+            self._handlers = {
+                signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt),
+                signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._acknowledge),
+            }
         try:
             if self._found is not None:
                 self._take_over(self._found)
@@ -195,6 +202,9 @@ class Wall:
     def step(self) -> None:
         """One look: heartbeat, rings, processes."""
         self._beat()
+        if self._acknowledged:
+            self._acknowledged = False
+            self.reset()
         infer_ms, invalid = self._stats.take()
         now_s = time.monotonic()
         assert self._system1 is not None
@@ -205,6 +215,15 @@ class Wall:
         for kept in self._kept:
             kept.step(now_s)
         self._remember()
+
+    def reset(self) -> None:
+        """A person acknowledged a stop: the arm gets power and holds, once nothing asks to stop any more.
+
+        It moves again when the policy has made good chunks for a while, as after any hold.
+        """
+        self._tell("plant", "reset", {})
+        commands = self.shared.commands
+        store_word(commands, RESET, load(commands, RESET) + 1)
 
     def result(self) -> WallResult:
         """The figures so far."""
@@ -227,9 +246,9 @@ class Wall:
                 self._directory.clear()
             self._directory.close()
             self._directory = None
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     # ── how ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,6 +319,9 @@ class Wall:
         store_word(self.shared.supervisor, SUPERVISOR_PID, os.getpid())
         self.shared.commands[HEARTBEAT] = time.monotonic_ns()
 
+    def _acknowledge(self, _signal: int, _frame: FrameType | None) -> None:
+        self._acknowledged = True
+
     def _tell(self, kind: str, name: str, detail: dict[str, Any]) -> None:
         self.events.add(time.monotonic_ns(), kind, name, detail)
 
@@ -329,6 +351,7 @@ class Wall:
                 previous=p.previous,
                 refusal=p.refusal,
                 trial=p.trial,
+                supervisor=self._me if self._handlers else None,
             )
         )
 

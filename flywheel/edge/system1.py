@@ -443,7 +443,9 @@ class System1:
             self._at, now_ns, late_ns, float(s.held), float(s.human_m), bool(s.stop_input), *self._flags
         )
         if powered:
-            self._stopped = False
+            if self._stopped:
+                self._stopped = False
+                robot.power_on()
         elif not self._stopped:
             self._stopped = True
             robot.stop()

@@ -134,7 +134,7 @@ def required_checks(shift: str) -> tuple[str, ...]:
     paired = (f"{what} in {s}" for s in dict.fromkeys((shift, LAB)) for what in ("success", "progress"))
     tracking = (task.TRACKING, task.TRACKING_SPREAD)
     stress = (task.SWEEP, task.LATENCY)
-    return ("bundle", task.PAST_FAILURES, *paired, *tracking, *stress, "invalid output", *wall.CHECKS)
+    return ("bundle", task.PAST_FAILURES, *paired, "invalid output", *tracking, *stress, *wall.CHECKS)
 
 
 def decide(checks: Sequence[Check], required: Sequence[str]) -> tuple[Verdict, tuple[str, ...]]:

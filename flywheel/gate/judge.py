@@ -38,7 +38,6 @@ class Judge:
         # Fresh scenes for each pair of policies: scenes used turn after turn would select for luck on them.
         self.entropy = [settings.seed, *(int(sha256_bytes(d.encode())[:8], 16) for d in digests)]
         self.pairs: list[Pair] = []
-        self._stressed: list[Pair] = []  # with latency injected
         self._found: list[Check] = []
         self._spare: list[Scenario] = []  # the lab's scenes that success did not take
 
@@ -48,10 +47,10 @@ class Judge:
         for s in dict.fromkeys((self.settings.shift, LAB)):
             if not self._proven_worse():
                 self._found += self._success(s)
-        self._found += self._tracking()
+        tracking = self._tracking()
+        self._found += [task.invalid_output(self.pairs), *tracking]
         if not self._proven_worse():
             self._found += [self._sweep(), self._latency()]
-        self._found.append(task.invalid_output([*self.pairs, *self._stressed]))
         if not self._proven_worse():
             self._found += self._wall()
         return self._found
@@ -59,7 +58,13 @@ class Judge:
     def _proven_worse(self) -> bool:
         return any(c.verdict is Verdict.ROLL_BACK for c in self._found)
 
-    def _run(self, scenes: Sequence[Scenario], latency_ms: float | None = None) -> tuple[list[Pair], str]:
+    def _run(self, scenes: Sequence[Scenario]) -> tuple[list[Pair], str]:
+        """``_pairs``, which count for every check of what the policies do in their usual surroundings."""
+        pairs, problem = self._pairs(scenes)
+        self.pairs.extend(pairs)
+        return pairs, problem
+
+    def _pairs(self, scenes: Sequence[Scenario], latency_ms: float | None = None) -> tuple[list[Pair], str]:
         """Both policies on each scene, and why the answer is no evidence ("" if it is)."""
         jobs = [Job(path, s.shift, s.seed, latency_ms) for s in scenes for path in self.paths]
         try:
@@ -75,9 +80,7 @@ class Judge:
                 return [], f"an attempt had a latency of {a.latency_ms} ms, not {job.latency_ms}"
             if a.digest != self.digests[i % 2]:
                 return [], f"stale: an attempt ran bundle {a.digest[:12]}, not {self.digests[i % 2][:12]}"
-        pairs = [Pair(*attempts[i : i + 2]) for i in range(0, len(attempts), 2)]
-        (self.pairs if latency_ms is None else self._stressed).extend(pairs)
-        return pairs, ""
+        return [Pair(*attempts[i : i + 2]) for i in range(0, len(attempts), 2)], ""
 
     def _past_failures(self, scenarios: Sequence[Scenario]) -> Check:
         scenes = list(dict.fromkeys(Scenario(*x) for x in scenarios))[-self.settings.max_scenarios :]
@@ -109,7 +112,7 @@ class Judge:
             for x in scene_seeds([*self.entropy, *f"{name} {shift}".encode()], each)
         ]
         self.progress(name, 0, len(scenes))
-        pairs, problem = self._run(scenes, latency_ms)
+        pairs, problem = self._pairs(scenes, latency_ms)
         self.progress(name, len(scenes), len(scenes))
         return task.hold(name, problem) if problem else task.not_worse(name, pairs)
 

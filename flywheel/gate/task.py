@@ -125,7 +125,8 @@ def not_worse(name: str, pairs: Sequence[Pair]) -> Check:
 
     Of recorded failures, replayed: that they are mended at all is for the check of success in their shift to
     show, on scenes that nobody selected, since failures regress to the mean even under an unchanged policy.
-    Of other shifts and of injected latency: nobody asked the candidate to be better there.
+    Of other shifts and of injected latency: nobody asked the candidate to be better there, and a chunk that
+    is refused there is the envelope at work, which costs no more than the attempt.
     """
     text = f"not more newly failing than fixed, beyond chance (exact McNemar, one-sided p > {WORSE_HOLD_P:g})"
     if not pairs:
@@ -159,6 +160,10 @@ def not_worse(name: str, pairs: Sequence[Pair]) -> Check:
     evidence |= {
         "p_worse": p_worse,
         "successes": by_shift,
+        "refused_chunks": {
+            "candidate": sum(p.candidate.invalid_chunks for p in pairs),
+            "current": sum(p.current.invalid_chunks for p in pairs),
+        },
         "scenarios": classes,
         "threshold": 0.0,
         "scale": "difference",

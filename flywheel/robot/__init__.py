@@ -113,6 +113,9 @@ class Robot(Protocol):
     def stop(self) -> None:
         """Remove power and engage brakes (IEC 60204-1 stop category 0). May be called more than once."""
 
+    def power_on(self) -> None:
+        """Give power back after a stop that a person acknowledged. Must not move the joints."""
+
 
 @dataclass(frozen=True)
 class Observation:

@@ -73,6 +73,9 @@ class FreeRobot:
         """Brakes."""
         self._dq[:] = 0.0
 
+    def power_on(self) -> None:
+        """Nothing holds it."""
+
 
 class FreePerception:
     """Sees noise, and turns whatever the policy decided into the sine."""

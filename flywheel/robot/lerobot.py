@@ -117,6 +117,12 @@ class LeRobotDevice:
         if self._robot.is_connected:
             self._robot.disconnect()
 
+    def power_on(self) -> None:
+        """Connect again: lerobot has no other way to give a robot its torque back."""
+        if not self._robot.is_connected:
+            self._q = None  # the speed since the last look is no speed
+            self.connect()
+
     def close(self) -> None:
         """Disconnect, if that has not been done."""
         self.stop()

@@ -44,6 +44,9 @@ class Device(Protocol):
     def stop(self) -> None:
         """Remove power and engage brakes (IEC 60204-1 stop category 0). May be called more than once."""
 
+    def power_on(self) -> None:
+        """Give power back after a stop, and hold the joints where they are; must not move them."""
+
     def close(self) -> None:
         """Give the bus back."""
 
@@ -139,9 +142,13 @@ class RemoteRobot:
         self._command.write(give)
 
     def stop(self) -> None:
-        """The device removes power at its next exchange, and takes no command any more."""
+        """The device removes power at its next exchange, and takes no command until it has power again."""
         self._give["stop"] = 1
         self._command.write(self._give)
+
+    def power_on(self) -> None:
+        """The device has power again at its next exchange; the command that follows holds the joints."""
+        self._give["stop"] = 0
 
     def close(self) -> None:
         """End the device's process; it stops the robot first."""
@@ -188,8 +195,10 @@ def serve(device: Device, joints: int, rate_hz: float, arena: Arena) -> None:
         while not leave and os.getppid() == parent:
             seen = command.read(given, seen)
             if given["stop"][0] and not stopped:
-                stopped = True
                 device.stop()
+            elif stopped and not given["stop"][0]:
+                device.power_on()
+            stopped = bool(given["stop"][0])
             follow = seen > 0 and not stopped
             device.exchange(given["q"][0] if follow else None, float(given["tool"][0]), out)
             record["t_ns"] = time.monotonic_ns()

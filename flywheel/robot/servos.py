@@ -41,8 +41,7 @@ class SerialServos:
 
     def connect(self) -> None:
         """Torque on, where they are."""
-        self._goal[:] = self._q
-        self._powered = True
+        self.power_on()
         self._moved_at = self._read_at = time.monotonic()
         self._read[:] = self._counts()
 
@@ -65,6 +64,11 @@ class SerialServos:
     def stop(self) -> None:
         """Torque off; gearboxes of this size hold by themselves."""
         self._powered = False
+
+    def power_on(self) -> None:
+        """Torque on, where they are."""
+        self._goal[:] = self._q
+        self._powered = True
 
     def close(self) -> None:
         """Nothing to give back."""

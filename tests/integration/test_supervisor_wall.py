@@ -25,12 +25,13 @@ from flywheel.edge.children import ProcessRecord, started_at
 from flywheel.edge.delivery import Delivery, boot
 from flywheel.edge.faults import rig
 from flywheel.edge.faults.scene import rig_plan
-from flywheel.edge.handover import read_record
+from flywheel.edge.handover import acknowledge, read_record
 from flywheel.edge.processes import Plan
 from flywheel.edge.runtime import Wall, bundle_ref
-from flywheel.edge.safety import ACCELERATION, JERK, VELOCITY, SafetyLimits
+from flywheel.edge.safety import ACCELERATION, CATEGORY_0, JERK, VELOCITY, SafetyLimits
 from flywheel.edge.service import serve
 from flywheel.edge.supervision import SupervisionSettings
+from flywheel.edge.system1 import COMMAND
 from flywheel.edge.updater import Poll, Updater
 from flywheel.episode import read_manifest
 from flywheel.errors import BundleError, ConfigError
@@ -324,6 +325,25 @@ def test_the_next_supervisor_takes_the_moving_robot_over(plan: Plan, tmp_path: P
             Wall(plan, state=state)
     assert started_at(left.system1.pid) is None  # ended, if not yet reaped: it was not our child
     assert read_record(state) is None
+
+
+def test_a_stop_that_a_person_acknowledged_ends_and_another_process_may_say_so(
+    plan: Plan, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with pytest.raises(ConfigError, match="no supervisor works here"):
+        acknowledge(state)
+    with Wall(plan, state=state) as wall:
+        follow(wall)
+        wall.shared.commands[COMMAND] = CATEGORY_0
+        wall.run(30.0, until=lambda: wall.figures.mode is Mode.STOP_0)
+        wall.shared.commands[COMMAND] = 0
+        wall.run(0.3)
+        assert wall.figures.mode is Mode.STOP_0, "it started again by itself"
+        flywheel = Path(sys.executable).parent / "flywheel"
+        subprocess.run([flywheel, "edge", "reset", "--state", state], check=True)
+        follow(wall)
+        assert "reset" in events(wall)
 
 
 def test_a_robot_under_another_plan_is_not_taken_over_and_no_second_one_started(

@@ -18,6 +18,7 @@ from flywheel import policies
 from flywheel.claims import INBOX, claims_of
 from flywheel.config import Deployment
 from flywheel.errors import BundleError, ConfigError, StageError
+from flywheel.experiments import experiments as listed
 from flywheel.schema import BUNDLE_FILES, GateReport, Verdict, bundle_digest, sha256_file
 from flywheel.store import Store
 from flywheel.turn import STAGES, TurnRecord, TurnResult, close_turn, open_turn, run_stage
@@ -116,6 +117,7 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
     assert set(shown) == {"turn-one", "turn-two"}
     metrics = {name: data["metrics"]["data/curated/curate.json"]["data"] for name, data in shown.items()}
     assert metrics == {"turn-one": {"taken": 2}, "turn-two": {"taken": 3}}
+    assert [(e.turn, e.taken) for e in listed(checkout)] == [("turn-two", 3), ("turn-one", 2)]
     assert shown["turn-one"]["params"]["params.yaml"]["data"]["train"]["steps"] == 77
     assert shown["turn-two"]["params"]["params.yaml"]["data"]["turn"]["policy"] == "data/current"
     assert git(checkout, "status", "--porcelain") == ""

@@ -91,6 +91,9 @@ class Rig:
         """Brakes."""
         self._dq[:] = 0.0
 
+    def power_on(self) -> None:
+        """Nothing holds it."""
+
 
 class RigEyes:
     """System 2's half."""
