@@ -95,7 +95,8 @@ class Bucket:
     def head_object(self, *, Bucket: str, Key: str) -> dict[str, Any]:
         self._request("HEAD", Key)
         data, metadata = self._object(Key, "404")
-        return {"ContentLength": len(data), "Metadata": metadata, "LastModified": self.arrived.get(Key) or self.clock()}
+        arrived = self.arrived.get(Key) or self.clock()
+        return {"ContentLength": len(data), "Metadata": metadata, "LastModified": arrived}
 
     def delete_object(self, *, Bucket: str, Key: str) -> dict[str, Any]:
         self._request("DELETE", Key)
