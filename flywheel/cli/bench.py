@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Annotated
 
@@ -39,7 +41,8 @@ def bench(
         raise ConfigError(f"bench = {name!r}: not known; choose one of {', '.join(BENCHES)}")
     module_name, _, function = BENCHES[name].partition(":")
     module = import_module(module_name)
-    doc = getattr(module, function)(full)
+    with redirect_stdout(sys.stderr):  # libraries print; standard output is the document's
+        doc = getattr(module, function)(full)
     if hasattr(module, "table") and not json:  # a benchmark with more to say than its figures
         columns, lines = module.table(doc)
         rows(columns, lines, False)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from flywheel.edge.faults import rig
-from flywheel.edge.faults.scene import TRIAL_S, Scene, Seen, SmallDisk, rig_plan, twin_scene
+from flywheel.edge.faults.scene import ROUNDING, TRIAL_S, Scene, Seen, SmallDisk, rig_plan, twin_scene
 from flywheel.edge.policy import Policy
 from flywheel.edge.runtime import read_bundle
 from flywheel.edge.system1 import HEARTBEAT_LIMIT_NS
@@ -69,7 +69,10 @@ def faults(full: bool = False) -> dict[str, Any]:
             "disk": "tmpfs of 64 MiB" if disk.mounted else "RLIMIT_FSIZE: no file system can be mounted here",
         },
         "figures": figures,
-        "bars": {k: {"value": v, "op": "<=", "bar": bar, "ok": v <= bar} for k, (v, bar) in bars.items()},
+        "bars": {
+            k: {"value": v, "op": "<=", "bar": bar, "ok": v <= bar * (1 + ROUNDING)}
+            for k, (v, bar) in bars.items()
+        },
         "faults": [dataclasses.asdict(s) | {"within_limits": s.within_limits} for s in seen],
     }
 
@@ -295,22 +298,29 @@ def _disk_and_store(scene: Scene, root: Path, disk: SmallDisk) -> Iterator[Seen]
             scene.limit_files("recorder", 4096)
         _intervene(root)
 
-    def refused(_: Reports) -> bool:
-        return bool(scene.told("recorder").get("refused"))
+    def count(what: str) -> int:
+        return int(scene.told("recorder").get(what, 0))
 
     def free() -> None:
         if disk.mounted:
             disk.free()
         else:
             scene.limit_files("recorder", -1)
+        _intervene(root)
 
     def said(role: str, key: str, seen: Seen) -> Seen:
         return dataclasses.replace(seen, said=(*seen.said, f"{role}: {scene.told(role).get(key)}"))
 
-    seen = scene.watch("disk full", full, refused)
-    yield said("recorder", "why", seen)
-    before = _episodes(scene)
-    yield scene.watch("disk has room again", free, lambda _: _episodes(scene) > before)
+    # Older episodes make room for a newer one, as far as there are any that matter no more than it does.
+    sealed = count("sealed")
+    seen = scene.watch("disk full", full, lambda _: count("refused") > 0 or count("sealed") > sealed)
+    dropped = f"spool: {len(list((scene.spool / 'dropped').glob('*')))} older episodes dropped"
+    seen = said("recorder", "why", seen)
+    yield dataclasses.replace(seen, said=(*seen.said, dropped))
+    sealed = count("sealed")
+    yield scene.watch(
+        "disk has room again", free, lambda _: count("refused") == 0 and count("sealed") > sealed
+    )
     seen = scene.watch(
         "store unreachable", lambda: None, lambda _: scene.told("uploader").get("waiting", 0) > 0
     )

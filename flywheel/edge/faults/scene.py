@@ -33,6 +33,7 @@ from flywheel.schema import Mode
 TRIAL_S = 2.5  # more than a revolution of the rig's circle
 TRACE_S = 100.0  # longest that one fault may be watched
 LOOK_S = 0.02
+ROUNDING = 1e-9  # of a jerk that is told from the differences of accelerations
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Seen:
     def within_limits(self) -> bool:
         """Whether no limit was exceeded, and System 1's own envelope never had to stop the robot."""
         return (
-            max(self.jerk, self.acceleration, self.velocity) <= 1.0
+            max(self.jerk, self.acceleration, self.velocity) <= 1.0 + ROUNDING
             and self.range_rad <= 0.0
             and Mode[self.worst_mode.upper()] < Mode.STOP_1
         )
