@@ -190,6 +190,10 @@ class Trigger(Strict):
     detail: dict[str, Any] = {}
 
 
+RATE_HZ_MAX = 20_000.0  # of what an episode records
+ROWS_MAX = 1 << 40
+
+
 class Manifest(Strict):
     """``manifest.json``: written last, so the commit mark of an episode and its failure log entry."""
 
@@ -202,8 +206,8 @@ class Manifest(Strict):
     state_dim: int = Field(ge=1, le=1024)
     action_dim: int = Field(ge=1, le=1024)
     chunk: int = Field(ge=1, le=1024)
-    control_hz: float = Field(gt=0)
-    policy_hz: float = Field(gt=0)
+    control_hz: float = Field(gt=0, le=RATE_HZ_MAX)  # what bounds the rows bounds the memory that they take
+    policy_hz: float = Field(gt=0, le=RATE_HZ_MAX)
     task: str  # the instruction
     shift: str  # "" on a real robot; the twin's named shift otherwise
     seed: int | None = None  # the twin's scene seed, so that the failure can be replayed
@@ -215,8 +219,8 @@ class Manifest(Strict):
     runtime_version: str
     clock: Literal["wall", "lockstep"]
     clock_epoch_ns: int  # UTC ns at t_ns = 0
-    gaps: int = Field(default=0, ge=0)
-    drops: int = Field(default=0, ge=0)
+    gaps: int = Field(default=0, ge=0, le=ROWS_MAX)
+    drops: int = Field(default=0, ge=0, le=ROWS_MAX)
     files: tuple[FileEntry, ...]
 
     @property

@@ -362,6 +362,8 @@ def cut(doc: dict[str, Any]) -> None:
         (lambda d: d.update(joints=10**9), "joints"),
         (lambda d: d.update(chunk=10**9), "chunk"),
         (lambda d: d.update(control_hz=0), "control_hz"),
+        (lambda d: d.update(control_hz=1e30), "control_hz"),
+        (lambda d: d.update(drops=10**30), "drops"),
         (lambda d: d.update(drops=-1), "drops"),
         (lambda d: d.update(cameras=["wrist", "wrist"]), "cameras"),
         (lambda d: d.update(clock_epoch_ns=10**30), "clock_epoch_ns"),

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -46,7 +47,7 @@ CAMERAS = {"wrist": (64, 64), "scene": (64, 64)}
 CONTROL_ROWS, FRAME_ROWS, EVENT_ROWS = 8192, 128, 256  # 8 s, 12 s, a minute or more
 RING_S = CONTROL_ROWS / 1000
 QUOTA = 1 << 34
-DISK_MB = 48
+DISK_MB = 256  # room for all that waits while the store fails: what the quota drops would count as lost
 SETTINGS = RecorderSettings(
     pre_s=0.4,
     post_s=0.2,
@@ -410,7 +411,7 @@ def _torment(
             told.full_disk += 1
             _fill(disk)
             _wait(lives, 1.5)
-            (disk / "ballast").unlink()
+            (disk / "ballast").unlink(missing_ok=True)
         if round_ % 12 == 7:  # the recorder is away for longer than the ring: what there is, and the gap
             rig.words[_QUIET] = _EVENTS  # a stop that only rows tell of would be gone unseen
             _wait(lives, 0.3)
@@ -436,13 +437,9 @@ def _wait(lives: _Lives, seconds: float) -> None:
 
 def _fill(disk: Path) -> None:
     """Leave nothing free."""
-    with (disk / "ballast").open("wb") as f:
-        try:
-            while True:
-                f.write(bytes(1 << 16))
-                f.flush()
-        except OSError:
-            return
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
+        while True:
+            f.write(bytes(1 << 16))
 
 
 def _mount(disk: Path) -> bool:
