@@ -147,7 +147,14 @@ def test_the_gate_runs_everything_and_does_not_promote_what_lifts_nothing(
     assert checks["success in factory"].verdict is Verdict.HOLD
     assert checks["invalid output"].verdict is Verdict.PROMOTE
     assert checks["bundle"].verdict is Verdict.PROMOTE
-    assert stages == {"past failures", "success in factory", "success in lab", "wall clock"}
+    assert stages == {
+        "past failures",
+        "success in factory",
+        "success in lab",
+        "robustness sweep",
+        "latency injected",
+        "wall clock",
+    }
 
 
 def test_a_policy_that_gives_nan_is_rolled_back_before_it_moves_a_robot(hover: Path, tmp_path: Path) -> None:
