@@ -530,7 +530,7 @@ def _unsound(directory: Path) -> list[str]:
 def crash(full: bool = False) -> dict[str, Any]:
     """A minute of it with a few dozen kills, or 1,000 kills with ``full``."""
     from flywheel.services.ceph import Ceph
-    from flywheel.services.process import running
+    from flywheel.services.process import alive, running
 
     load = os.getloadavg()
     home = Path(tempfile.mkdtemp(prefix="flywheel-crash-"))
@@ -539,6 +539,8 @@ def crash(full: bool = False) -> dict[str, Any]:
     def kill_store() -> None:
         if (process := running(ceph.run, "radosgw")) is not None:
             os.kill(process.pid, signal.SIGKILL)
+            while alive(process):  # its port is not free before
+                time.sleep(0.01)
         ceph.up(lambda _: None)
 
     try:
