@@ -1,7 +1,7 @@
 """Campaigns on their way to the robots: proposed, approved by people, signed.
 
     campaigns/<digest>/proposal.json        the document, written once
-    campaigns/<digest>/approvals/<who>.json  who let it out, signed by that approver's own key
+    campaigns/<digest>/approvals/<keyid>.json   who let it out, signed by that approver's own key
 
 An approval is of a digest: another document needs others. What the robots get carries the approvers' names
 and is signed as a stable release is (``release.Publisher.publish_campaigns``).

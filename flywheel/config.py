@@ -185,9 +185,7 @@ class RolloutSettings(Section):
     max_stage_s: Positive = 24 * 3600.0  # shadow or canary that is inconclusive for so long is held
     silence_s: Positive = 900.0  # a robot unheard of for longer is silent
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8  # share of cohort or fleet that must be heard of
-    wide_share: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # of the robots heard of, that must run it in the end
-    )
+    wide_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of robots heard of, that must run it in the end
     approvals: Count = 1  # different people
     max_tail_ratio: Annotated[float, Field(gt=1)] = 1.25  # tracking error, lateness, misses
     max_invalid_per_episode: Annotated[float, Field(ge=0)] = 0.1  # chunks that are not finite or out of range

@@ -91,9 +91,8 @@ class Judge:
         self.progress(task.PAST_FAILURES, 0, len(scenes))
         pairs, problem = self._run(scenes)
         self.progress(task.PAST_FAILURES, len(scenes), len(scenes))
-        return (
-            task.hold(task.PAST_FAILURES, problem) if problem else task.not_worse(task.PAST_FAILURES, pairs)
-        )
+        name = task.PAST_FAILURES
+        return task.hold(name, problem) if problem else task.not_worse(name, pairs)
 
     def _sweep(self) -> Check:
         """Shifts that nobody trained for: what was robust must stay so."""

@@ -28,9 +28,7 @@ class Signals:
 
     manifest: Manifest
     interventions: tuple[tuple[int, int], ...]  # [start_ns, end_ns) of each stretch of the operator
-    failed_ns: (
-        int  # the first trigger that is a fault and not the operator; else where the policy's part ends
-    )
+    failed_ns: int  # the first fault that is not the operator; else where the policy's part ends
     ever_held: bool
     held_at_end: bool
     suction_on: bool  # the policy tried to grasp
