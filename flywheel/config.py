@@ -213,6 +213,16 @@ class TriggerSettings(Section):
     poll_s: Positive = 2.0
 
 
+class WatchSettings(Section):
+    """What is looked after between turns."""
+
+    period_s: Positive = 3600.0  # between two looks; metadata that robots check live for a day or longer
+    max_pending: Count = 200  # episodes that wait on one robot
+    max_misses_ppm: Positive = 20_000.0  # deadlines that one robot's loop may miss
+    turn_s: Positive = 24 * 3600.0  # age of a turn without an end
+    keep_workspaces_s: Positive = 7 * 24 * 3600.0  # of finished turns, on this machine's disk
+
+
 class TurnSettings(Section):
     """What a turn of the wheel starts from; the wheel sets it in the turn's own workspace."""
 
@@ -233,6 +243,7 @@ class Settings(Section):
     gate: GateSettings = GateSettings()
     rollout: RolloutSettings = RolloutSettings()
     trigger: TriggerSettings = TriggerSettings()
+    watch: WatchSettings = WatchSettings()
     turn: TurnSettings = TurnSettings()
 
     @classmethod

@@ -41,11 +41,17 @@ from flywheel.schema import Strict, sha256_file
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, LifecycleRuleUnionTypeDef
 
 EMBEDDED_FILE = "store.json"  # in FLYWHEEL_HOME, mode 0600, while the embedded store is up
 MAX_PUT_BYTES = 5 << 30  # S3's bound for one PUT; one PUT is what makes a write atomic
 PIECE_BYTES = 1 << 20
+_CLEAR_UNFINISHED: LifecycleRuleUnionTypeDef = {
+    "ID": "clear-unfinished-uploads",
+    "Status": "Enabled",
+    "Filter": {"Prefix": ""},
+    "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7},
+}
 READ_ATTEMPTS = 3  # a body that breaks off is not retried by botocore
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -287,7 +293,8 @@ class Store:
     # -- set-up
 
     def ensure_bucket(self) -> None:
-        """Create the bucket if it is absent."""
+        """Create the bucket if it is absent, so that it clears away uploads in parts that nobody finishes:
+        a robot that gave an episode up, or never came back, would leave them there for ever, unlisted."""
         with self._errors("CREATE", f"bucket {self.bucket}"):
             try:
                 self._client.head_bucket(Bucket=self.bucket)
@@ -295,6 +302,20 @@ class Store:
                 if status_of(e) != 404:
                     raise
                 self._client.create_bucket(Bucket=self.bucket)
+                self._client.put_bucket_lifecycle_configuration(
+                    Bucket=self.bucket, LifecycleConfiguration={"Rules": [_CLEAR_UNFINISHED]}
+                )
+
+    def clears_unfinished(self) -> bool:
+        """Whether the bucket removes uploads in parts that were never finished."""
+        with self._errors("GET", "lifecycle"):
+            try:
+                rules = self._client.get_bucket_lifecycle_configuration(Bucket=self.bucket).get("Rules", [])
+            except self._client.exceptions.ClientError as e:
+                if status_of(e) != 404:
+                    raise
+                return False  # no rules at all
+        return any(r["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in r for r in rules)
 
     def probe(self) -> None:
         """Check what the rollout state relies on: a create-only key can be created once.
