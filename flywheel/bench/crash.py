@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -62,7 +63,8 @@ _PR_SET_PDEATHSIG = 1
 ROLES = ("recorder", "spool", "uploader")
 
 # Words of shared memory by which the processes are told what to do.
-_QUIET, _END, _FAULT, _STEPS, _WORDS = 0, 1, 2, 3, 16  # _STEPS + role: die after so many steps; 0 for never
+_QUIET, _END, _FAULT, _STEPS, _PORT, _WORDS = 0, 1, 2, 3, 8, 16
+# _STEPS + role: die after so many steps, 0 for never; _PORT: where the store listens
 _ALL, _SILENT, _EVENTS = 0, 1, 2  # what triggers: everything, nothing, only what an event tells of
 
 
@@ -96,6 +98,12 @@ class Rig:
         )
         self.journal_room = room[3]
         self.words: Words = np.frombuffer(room[4], np.int64)
+        self.found(self.store)
+
+    def found(self, store: EmbeddedStore) -> None:
+        """The store is (back) at ``store.endpoint``: while it was dead its port may have gone to another."""
+        self.store = store
+        self.words[_PORT] = urlsplit(store.endpoint).port or 0
 
     def client(self, endpoint: str = "", timeout_s: float = 20.0, attempts: int = 4) -> Store:
         """The store, directly or by way of ``endpoint``."""
@@ -321,12 +329,12 @@ def run(
     prefix: str,
     kills: int,
     seed: int = 0,
-    kill_store: Callable[[], None] | None = None,
+    kill_store: Callable[[], EmbeddedStore] | None = None,
     most_s: float = 3600.0,
 ) -> dict[str, Any]:
     """Kill until ``kills`` are counted, or ``most_s`` are over, then let them finish, and count.
 
-    ``home`` is an empty directory. ``kill_store`` kills the real store and starts it again.
+    ``home`` is an empty directory. ``kill_store`` kills the real store, starts it again and says where it is.
     """
     rng = np.random.default_rng(seed)
     disk = home / "disk"
@@ -334,7 +342,7 @@ def run(
     mounted = _mount(disk)
     rig = Rig(disk / "spool", home / "truth.jsonl", store, prefix, seed)
     told = Told()
-    proxy = Faulty(store, rig.words, _FAULT)
+    proxy = Faulty(store, rig.words, _FAULT, _PORT)
     rig.endpoint = proxy.endpoint
     rig.rings.control.push(rig.rings.control.record())  # compiled here, before the processes part
     rig.rings.control.header[0] = 0
@@ -391,7 +399,7 @@ def _torment(
     kills: int,
     until: float,
     disk: Path | None,
-    kill_store: Callable[[], None] | None,
+    kill_store: Callable[[], EmbeddedStore] | None,
 ) -> None:
     faults = [f for f in Fault if f is not Fault.NONE]
     round_ = 0
@@ -425,7 +433,7 @@ def _torment(
             rig.words[_QUIET] = _ALL
         if round_ % 12 == 9 and kill_store is not None:
             told.store_kills += 1
-            kill_store()
+            rig.found(kill_store())
 
 
 def _wait(lives: _Lives, seconds: float) -> None:
@@ -536,12 +544,12 @@ def crash(full: bool = False) -> dict[str, Any]:
     home = Path(tempfile.mkdtemp(prefix="flywheel-crash-"))
     ceph = Ceph(home / "store")
 
-    def kill_store() -> None:
+    def kill_store() -> EmbeddedStore:
         if (process := running(ceph.run, "radosgw")) is not None:
             os.kill(process.pid, signal.SIGKILL)
             while alive(process):  # its port is not free before
                 time.sleep(0.01)
-        ceph.up(lambda _: None)
+        return ceph.up(lambda _: None)
 
     try:
         (home / "store").mkdir()
