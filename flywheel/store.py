@@ -75,6 +75,16 @@ class EmbeddedStore(BaseModel):
     access_key: str
     secret_key: str
 
+    def connect(self) -> Store:
+        """The store, by these keys."""
+        return Store(
+            f"s3://{self.bucket}",
+            self.endpoint,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            region=self.region,
+        )
+
 
 class Store:
     """Objects under one ``s3://bucket/prefix``. Thread-safe; after a fork make a new one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,16 +14,22 @@ from flywheel.store import EmbeddedStore, Store, embedded_store
 
 
 @pytest.fixture(scope="session")
-def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
-    """A running Ceph RGW: endpoint and keys. Started by the first test that asks, stopped at the end.
+def rgw_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The state directory of a running Ceph RGW. Started by the first test that asks, stopped at the end.
 
     Its watchdog stops it even if the test run is killed.
     """
     home = tmp_path_factory.mktemp("rgw")
     with services.session(home, with_airflow=False):
-        running = embedded_store(home)
-        assert running is not None
-        yield running
+        yield home
+
+
+@pytest.fixture(scope="session")
+def rgw(rgw_home: Path) -> EmbeddedStore:
+    """Its endpoint and its owner's keys."""
+    running = embedded_store(rgw_home)
+    assert running is not None
+    return running
 
 
 @pytest.fixture
