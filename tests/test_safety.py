@@ -357,6 +357,18 @@ def test_waypoints_are_in_range_and_finite_or_refused(
     np.testing.assert_array_equal(q[steps:], before[steps:])
 
 
+@pytest.mark.parametrize(("beyond", "acted"), [(0.199, Limit.POSITION), (0.201, -Limit.POSITION)])
+def test_a_waypoint_a_fifth_of_a_radian_out_of_range_is_the_last_that_is_forgiven(
+    beyond: float, acted: int
+) -> None:
+    for edge, sign in ((TABLE[0], -1.0), (TABLE[1], 1.0)):
+        assert both(admit_waypoints, np.array([edge + sign * beyond]), np.zeros(1), 1, TABLE) == acted
+
+
+def test_joints_aim_a_tenth_below_the_speed_that_a_persons_nearness_allows() -> None:
+    assert both(speed_scale, 0.75, APART) == pytest.approx(0.9 * 0.75 / 1.5)
+
+
 @pytest.mark.slow
 def test_every_branch_of_the_envelope_and_the_mode_machine_is_taken_both_ways() -> None:
     """In a process without compilation, so that it is the functions themselves that are measured."""
