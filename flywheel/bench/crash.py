@@ -102,7 +102,6 @@ class Rig:
 
     def found(self, store: EmbeddedStore) -> None:
         """The store is (back) at ``store.endpoint``: while it was dead its port may have gone to another."""
-        self.store = store
         self.words[_PORT] = urlsplit(store.endpoint).port or 0
 
     def client(self, endpoint: str = "", timeout_s: float = 20.0, attempts: int = 4) -> Store:
@@ -110,7 +109,7 @@ class Rig:
         s = self.store
         return Store(
             f"s3://{s.bucket}/{self.prefix}",
-            endpoint or s.endpoint,
+            endpoint or f"http://127.0.0.1:{self.words[_PORT]}",
             access_key=s.access_key,
             secret_key=s.secret_key,
             region=s.region,
@@ -362,6 +361,7 @@ def run(
         finished = lives.last(0, 300.0)
         rig.words[_END] = 2
         drained = lives.last(2, 300.0)
+        at_last = rig.client()
     finally:
         for role in range(3):
             lives.kill(role)
@@ -370,7 +370,7 @@ def run(
             os.waitpid(pid, 0)
         rig.arena.close()
     try:
-        found = _count(rig, home)
+        found = _count(rig, at_last, home)
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=False)
@@ -433,7 +433,15 @@ def _torment(
             rig.words[_QUIET] = _ALL
         if round_ % 12 == 9 and kill_store is not None:
             told.store_kills += 1
-            rig.found(kill_store())
+            _revive(rig, lives, kill_store)
+
+
+def _revive(rig: Rig, lives: _Lives, kill_store: Callable[[], EmbeddedStore]) -> None:
+    """Kill the store and start it, in a process of its own: a recorder that dies meanwhile is started again
+    as at any other time."""
+    pid = _fork(lambda: rig.found(kill_store()))
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        _wait(lives, 0.05)
 
 
 def _wait(lives: _Lives, seconds: float) -> None:
@@ -461,9 +469,8 @@ def _mount(disk: Path) -> bool:
 # ── the count ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _count(rig: Rig, home: Path) -> dict[str, Any]:
+def _count(rig: Rig, store: Store, home: Path) -> dict[str, Any]:
     """Each trigger against the episodes; each episode against its hashes, its rows and its neighbours."""
-    store = rig.client()
     fired = [tuple(json.loads(line)) for line in rig.truth.read_text().splitlines()]
     fired = [f for f in fired if f[1]]
     stored: dict[str, Manifest] = {}
