@@ -343,8 +343,7 @@ def run(
     told = Told()
     proxy = Faulty(store, rig.words, _FAULT, _PORT)
     rig.endpoint = proxy.endpoint
-    rig.rings.control.push(rig.rings.control.record())  # compiled here, before the processes part
-    rig.rings.control.header[0] = 0
+    _warm_up(rig, home / "warm")
     pids = [_fork(proxy.serve_forever), _fork(lambda: write_rows(rig))]
     proxy.socket.close()
     lives = _Lives(rig, rng, told)
@@ -389,6 +388,20 @@ def run(
         "seconds": time.monotonic() - began,
         "problems": told.ended_badly,
     }
+
+
+def _warm_up(rig: Rig, root: Path) -> None:
+    """Import and compile here, before the processes part: a recorder that needs seconds for it in each of its
+    short lives would never come to look at its rings."""
+    rings = (rig.rings.control, rig.rings.frames, rig.rings.events)
+    rings[0].push(rings[0].record())
+    rings[1].push_frame(rings[1].record(), dict.fromkeys(CAMERAS, b""))
+    EventLog(rings[2]).add(0, "state", "warm")
+    journal = Journal(memoryview(bytearray(JOURNAL_BYTES)))
+    recorder = Recorder(rig.rings, SETTINGS, root, Identity("lab", "r1", "wall", 0, "bench"), journal=journal)
+    recorder.poll(1)
+    for ring in rings:
+        ring.header[:] = 0
 
 
 def _torment(
