@@ -121,13 +121,37 @@ def test_the_share_that_is_held_out_is_the_one_that_was_asked_for() -> None:
 def test_what_is_held_out_does_not_depend_on_what_else_is_there(
     pool: list[Candidate], encoder: Encoder
 ) -> None:
-    half = Yardstick(held_out_fraction=0.5)
+    half = Yardstick(held_out_fraction=0.4)  # and no cluster has as many as three
     whole, part = fresh(pool), fresh(pool[:9])
     select(whole, SETTINGS, encoder, half)
     select(part, SETTINGS, None, half)
     assert [c.held_out for c in whole[:9]] == [c.held_out for c in part]
     assert 0 < sum(c.held_out for c in part) < 9
     assert all((c.reason, c.taken) == ("held_out", False) for c in whole if c.held_out)
+
+
+@given(st.integers(0, 2**32 - 8), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_no_kind_of_failure_goes_without_a_held_out_episode(
+    pool: list[Candidate], first: int, size: int
+) -> None:
+    """Five are enough for one in five to be one, however the draw falls out."""
+    found = [variant(pool[0], first + n, moved=0.03 * n) for n in range(size)]
+    select(found, CurateSettings(cluster_distance=5.0), None, Yardstick(held_out_fraction=0.2))
+    held = [c for c in found if c.held_out]
+    assert held or size < 5
+    assert len(held) < size or size == 1 or all(map(Yardstick(held_out_fraction=0.2).holds_out, ids(held)))
+
+
+def ids(found: Sequence[Candidate]) -> list[str]:
+    return [c.episode_id for c in found]
+
+
+def test_what_an_earlier_turn_held_out_stays_so_by_id_and_by_content(pool: list[Candidate]) -> None:
+    found = fresh(pool)
+    select(found, CurateSettings(choice="all"), kept={pool[2].episode_id, pool[5].content_sha256})
+    assert [i for i, c in enumerate(found) if c.held_out] == [2, 5]
+    assert not any(c.taken for c in found if c.held_out)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

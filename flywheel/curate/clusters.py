@@ -105,7 +105,7 @@ def cluster(
             if name is None:
                 stem = f"{key[1]}-{key[2]}"
                 last[stem] = last.get(stem, 0) + 1
-                name = f"{stem}-{last[stem]}"
+                name = f"{stem}-{last[stem]:02d}"
             for c in groups[i]:
                 c.cluster = name
             met.append(_example(name, key, medoids[i]))

@@ -8,7 +8,7 @@ last the budget is spent (``choice``), corrections before successes. The order o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from flywheel.curate.clusters import Examples, cluster
 from flywheel.curate.distances import Scale, between, draw, measure
 from flywheel.curate.embed import Encoder
 from flywheel.curate.examine import Candidate
-from flywheel.dataset.yardstick import Yardstick
+from flywheel.dataset.yardstick import Yardstick, drawn
 
 MAX_OF_TASK = 4000  # candidates that are compared with each other
 
@@ -39,11 +39,12 @@ def select(
     yardstick: Yardstick | None = None,
     earlier: Examples | None = None,
     no_encoder: str = "no policy was given",
+    kept: Collection[str] = (),
 ) -> Selected:
     """Decide every candidate that is not decided yet.
 
     ``encoder``: the policy's; without one (``no_encoder`` says why) thumbnails are compared. ``earlier``:
-    clusters whose names go on.
+    clusters whose names go on. ``kept``: ids and contents of what earlier turns held out.
     """
     pool = [c for c in sorted(candidates, key=identity) if not c.reason]
     pool = _without_copies(pool)
@@ -52,7 +53,7 @@ def select(
     scale = Scale(why=no_encoder) if encoder is None else measure(pool, encoder)
     pool = [c for c in pool if not c.reason]
     examples = cluster(pool, scale, settings.cluster_distance, earlier, encoder)
-    pool = _kept_for_evaluation(pool, yardstick or Yardstick(), settings, scale)
+    pool = _kept_for_evaluation(pool, yardstick or Yardstick(), kept, settings, scale)
     if settings.choice == "coverage":
         pool = _without_near_duplicates(pool, settings, scale)
     weigh(pool, settings.costs)
@@ -103,22 +104,34 @@ def _comparable(pool: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _kept_for_evaluation(
-    pool: Sequence[Candidate], yardstick: Yardstick, settings: CurateSettings, scale: Scale
+    pool: Sequence[Candidate],
+    yardstick: Yardstick,
+    kept: Collection[str],
+    settings: CurateSettings,
+    scale: Scale,
 ) -> list[Candidate]:
-    kept = []
+    """Those that may be trained on. Every cluster that is large enough for it has one episode held out."""
+    clusters: dict[str, list[Candidate]] = {}
     for c in pool:
         assert c.manifest is not None
+        clusters.setdefault(c.cluster, []).append(c)
         if yardstick.names(c.manifest, c.content_sha256):
             c.held_out = True
             c.decide(False, "yardstick", "the yardstick names it or its scene: never trained on")
-        elif yardstick.holds_out(c.episode_id):
-            c.held_out = True
-            c.decide(False, "held_out", f"kept for evaluation, in every turn; {c.failure_mode}")
-        if c.held_out:
-            kept.append(c)
-    for c, twin in _twins([c for c in pool if not c.held_out], kept, settings, scale):
+        elif yardstick.holds_out(c.episode_id) or not {c.episode_id, c.content_sha256}.isdisjoint(kept):
+            _hold_out(c)
+    for _, group in sorted(clusters.items()):
+        if len(group) * yardstick.held_out_fraction >= 1 and not any(c.held_out for c in group):
+            _hold_out(min(group, key=lambda c: drawn(c.episode_id)))
+    held = [c for c in pool if c.held_out]
+    for c, twin in _twins([c for c in pool if not c.held_out], held, settings, scale):
         c.decide(False, "near_held_out", f"as good as the same as {twin.episode_id}, which is held out")
     return [c for c in pool if not c.reason]
+
+
+def _hold_out(c: Candidate) -> None:
+    c.held_out = True
+    c.decide(False, "held_out", f"kept for evaluation, in this turn and in later ones; {c.failure_mode}")
 
 
 def _without_near_duplicates(

@@ -22,7 +22,7 @@ from flywheel.curate.embed import Encoder, NoEncoder
 from flywheel.curate.examine import Candidate, decoded, examine, read_frames
 from flywheel.curate.select import Selected, identity, select
 from flywheel.dataset import Clip, dataset_digest, write_dataset
-from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick
+from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick, read_sources
 from flywheel.errors import EpisodeError, StageError
 from flywheel.schema import Strict, sha256_file
 
@@ -110,7 +110,8 @@ def curate(
     Writes ``out/dataset`` (LeRobotDataset v3), ``out/selection.parquet`` (a row per candidate, by
     ``SELECTION_SCHEMA``) and ``out/curate.json``; each is replaced as a whole, and two curations of the same
     ``out`` wait for one another. ``policy``: a checkpoint with its bundle inside, by whose encoder episodes
-    are compared and whose clusters keep their names. ``yardstick``: what is never trained on.
+    are compared, whose clusters keep their names and whose held-out episodes stay so. ``yardstick``: what is
+    never trained on.
 
     Raises:
         StageError: nothing is usable; the selection is written all the same.
@@ -123,12 +124,15 @@ def curate(
     rule = Yardstick() if yardstick is None else Yardstick.load(yardstick)
     encoder, why = _encoder(policy)
     earlier = Examples() if policy is None else Examples.load(policy / CLUSTERS)
+    before = None if policy is None else read_sources(policy)
+    kept = () if before is None else before.kept
     directories = sorted(d for d in episodes_dir.iterdir() if d.is_dir() and not d.name.startswith("."))
     candidates = []
     for i, directory in enumerate(directories):
         candidates.append(examine(directory, settings))
         tell("examine", i + 1, len(directories))
-    selected = select(candidates, settings, encoder, rule, earlier, why)
+    names = {name for k in kept for name in (k.episode_id, k.content_sha256)}
+    selected = select(candidates, settings, encoder, rule, earlier, why, names)
     taken = sorted((c for c in candidates if c.taken), key=lambda c: c.episode_id)
     index = 0
     for c in taken:
@@ -146,7 +150,7 @@ def curate(
                 f"{episodes_dir}: none of {len(candidates)} episodes can be used"
                 f" ({reasons or 'it is empty'}); {out / SELECTION} says why for each"
             )
-        beside = {CLUSTERS: selected.examples.to_bytes(), SOURCES: _sources(candidates).to_bytes()}
+        beside = {CLUSTERS: selected.examples.to_bytes(), SOURCES: _sources(candidates, kept).to_bytes()}
         digest = _write_dataset(out, taken, settings, beside, lambda done: tell("write", done, index))
         result = _result(candidates, taken, selected, digest, sha256_file(out / SELECTION)).model_copy(
             update={
@@ -168,8 +172,8 @@ def _encoder(policy: Path | None) -> tuple[Encoder | None, str]:
         return None, str(e)
 
 
-def _sources(candidates: Sequence[Candidate]) -> Sources:
-    """What the dataset is made of, and what must never meet it in training."""
+def _sources(candidates: Sequence[Candidate], before: Sequence[Source]) -> Sources:
+    """What the dataset is made of, and what must never meet it in training: now kept, or ``before``."""
 
     def listed(chosen: Sequence[Candidate]) -> tuple[Source, ...]:
         return tuple(
@@ -177,8 +181,11 @@ def _sources(candidates: Sequence[Candidate]) -> Sources:
             for c in sorted(chosen, key=identity)
         )
 
+    now = listed([c for c in candidates if c.held_out])
+    again = {k.episode_id for k in now}
     return Sources(
-        used=listed([c for c in candidates if c.taken]), kept=listed([c for c in candidates if c.held_out])
+        used=listed([c for c in candidates if c.taken]),
+        kept=(*(k for k in before if k.episode_id not in again), *now),
     )
 
 

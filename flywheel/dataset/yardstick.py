@@ -2,8 +2,9 @@
 
 The *yardstick* is frozen: a file in the repository that names scenes and episodes for evaluation alone, and
 the share of all episodes that is held out. Which episodes these are follows from their ids, so every turn
-agrees on them and nothing need be remembered. A dataset version carries what it was made of and what was
-kept from it (``SOURCES``), both by hash; training compares the two with the frames it is about to learn.
+agrees on them and nothing need be remembered. What is kept beyond that, so that no kind of failure goes
+without, is remembered: a dataset version carries what it was made of and what was ever kept (``SOURCES``),
+both by hash, and the checkpoint hands it on to the next turn. Training compares both with its frames.
 """
 
 from __future__ import annotations
@@ -62,8 +63,7 @@ class Yardstick(Strict):
 
         A larger fraction holds out all that a smaller one does.
         """
-        drawn = hashlib.sha256(_DRAW + episode_id.encode()).digest()
-        return int.from_bytes(drawn[:8]) < self.held_out_fraction * 2.0**64
+        return drawn(episode_id) < self.held_out_fraction
 
     def names(self, m: Manifest, content_sha256: str) -> bool:
         """Whether an episode is one of the yardstick's, by id, by content or by the scene it happened in."""
@@ -72,6 +72,11 @@ class Yardstick(Strict):
         if m.seed is None:
             return False
         return any(s.shift in ("", m.shift) and s.first <= m.seed <= s.last for s in self.scenes)
+
+
+def drawn(episode_id: str) -> float:
+    """0..1, uniform over ids, the same for ever: the least are held out."""
+    return int.from_bytes(hashlib.sha256(_DRAW + episode_id.encode()).digest()[:8]) / 2.0**64
 
 
 class Source(Strict):
@@ -83,7 +88,9 @@ class Source(Strict):
 
 
 class Sources(Strict):
-    """``sources.json``: what a dataset was made of and what was kept for evaluation when it was made."""
+    """``sources.json`` of a dataset or a checkpoint: what it was made of, and what was kept for evaluation,
+    then and in the turns before.
+    """
 
     schema_version: Literal[1] = 1
     used: tuple[Source, ...]
@@ -103,7 +110,7 @@ def stretch_sha256(state: NDArray[Any], action: NDArray[Any]) -> str:
 
 
 def read_sources(root: Path) -> Sources | None:
-    """What a dataset says of its sources; None where it says nothing (a foreign or an older one)."""
+    """What a dataset or a checkpoint says of its sources; None where it says nothing (an older one)."""
     path = root / SOURCES
     if not path.exists():
         return None

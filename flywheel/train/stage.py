@@ -11,13 +11,14 @@ from pathlib import Path
 
 from flywheel.config import TrainSettings
 from flywheel.dataset import dataset_digest
-from flywheel.dataset.yardstick import refuse_kept
+from flywheel.dataset.yardstick import SOURCES, refuse_kept
 from flywheel.errors import StageError
 from flywheel.train import ranks
 from flywheel.train.loop import Job
 from flywheel.vla import localise, working_copy
 
-CLUSTERS = "clusters.json"  # curate's; see flywheel/curate/clusters.py
+# What the next turn's curation takes up: names of clusters, and what has been held out.
+HANDED_ON = ("clusters.json", SOURCES)
 OnProgress = Callable[[int, int, float], None]  # step, of, loss
 
 
@@ -77,8 +78,9 @@ def train(
     staging = work / "done"
     shutil.copytree(last, staging)
     shutil.copytree(policy / "vlm", staging / "vlm", dirs_exist_ok=True)
-    if (dataset / CLUSTERS).exists():
-        shutil.copyfile(dataset / CLUSTERS, staging / CLUSTERS)  # the next turn names its clusters by it
+    for name in HANDED_ON:
+        if (dataset / name).exists():
+            shutil.copyfile(dataset / name, staging / name)
     (staging / "train_config.json").unlink(missing_ok=True)  # holds paths of this run
     localise(staging)
     shutil.rmtree(out, ignore_errors=True)

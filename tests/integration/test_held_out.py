@@ -127,6 +127,23 @@ def test_clusters_of_the_last_turn_keep_their_names_by_way_of_the_checkpoint(
     assert old.keys() & new.keys()
 
 
+def test_what_was_held_out_stays_so_by_way_of_the_checkpoint(
+    inbox: Path, curated: tuple[Path, CurateResult], tmp_path: Path
+) -> None:
+    """Although the next turn holds out nothing by itself."""
+    bundle(tmp_path / "next" / "bundle", weights=1)
+    shutil.copy(curated[0] / "dataset" / SOURCES, tmp_path / "next")
+    before = {k.episode_id for k in kept(curated[0] / "dataset").kept}
+    some = tmp_path / "some"
+    shutil.copytree(inbox, some)
+    for absent in sorted(before)[:1]:
+        shutil.rmtree(some / absent)
+    after = curate(some, tmp_path / "out", CurateSettings(choice="all"), policy=tmp_path / "next")
+    assert after.held_out == len(before) - 1
+    assert after.taken == 12 - len(before)
+    assert {k.episode_id for k in kept(tmp_path / "out" / "dataset").kept} == before, "one was forgotten"
+
+
 # ── training refuses ─────────────────────────────────────────────────────────────────────────────────
 
 
