@@ -18,14 +18,14 @@ import socket
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from flywheel.errors import ConfigError
-from flywheel.schema import TriggerKind
+from flywheel.schema import Outcome, TriggerKind
 
 PARAMS_FILE = "params.yaml"
 BUCKET = "flywheel"
@@ -110,6 +110,18 @@ class CurateSettings(Section):
     duplicate_distance: Annotated[float, Field(ge=0)] = 0.02  # closer ones are one; normalised trajectory
     keep_success: bool = False  # fill the budget up with episodes in which nothing failed
     cameras: Annotated[tuple[str, ...], Field(min_length=1)] = ("wrist",)  # what the policy sees
+    choice: Literal["coverage", "random", "newest", "all"] = "coverage"  # how the budget is spent
+    budget: Annotated[int, Field(ge=0)] = 0  # most episodes that are taken of them; 0: max_episodes
+    cluster_distance: Positive = 0.15  # failures closer than this are of one kind; as duplicate_distance
+    costs: dict[str, Positive] = {"stopped": 3.0, "dropped": 2.0, "wrong_object": 2.0}  # of a failure; else 1
+    seed: Seed = 0  # of the random choice
+
+    @model_validator(mode="after")
+    def _costs_are_of_failures(self) -> Self:
+        known = [*Outcome, *TriggerKind]
+        if strangers := sorted(set(self.costs) - set(known)):
+            raise ValueError(f"costs.{strangers[0]}: no such failure; there are {', '.join(known)}")
+        return self
 
 
 class LabelSettings(Section):
