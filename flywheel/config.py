@@ -232,7 +232,7 @@ class WatchSettings(Section):
     max_pending: Count = 200  # episodes that wait on one robot
     max_misses_ppm: Positive = 20_000.0  # deadlines that one robot's loop may miss
     turn_s: Positive = 24 * 3600.0  # age of a turn without an end
-    keep_workspaces_s: Positive = 7 * 24 * 3600.0  # of finished turns, on this machine's disk
+    keep_runs_s: Positive = 7 * 24 * 3600.0  # of finished turns, on this machine's disk
 
 
 class TurnSettings(Section):

@@ -122,7 +122,7 @@ def clear(store: Store, deployment: Deployment, settings: Settings, now: datetim
     unfinished = {t.turn for t in open_turns(store)}
     for path in sorted((deployment.home / "runs").glob("turn-*")):
         age_s = now.timestamp() - path.stat().st_mtime
-        if path.name in unfinished or age_s < settings.watch.keep_workspaces_s:
+        if path.name in unfinished or age_s < settings.watch.keep_runs_s:
             continue
         try:
             with Workspace(path.name, deployment).lock():
