@@ -25,6 +25,7 @@ from flywheel.page import failures, robots, rollouts, shown
 from flywheel.page.episodes import jpeg_only
 from flywheel.page.kept import Seen
 from flywheel.page.paging import PAGES_MAX, SIZES, part
+from flywheel.page.robots import Robot
 from flywheel.page.source import Source
 from flywheel.schema import Mode
 
@@ -236,7 +237,7 @@ class Pages:
         if fleet.value is not None and robot is None:
             raise Refused(404, f"no robot of the name {name!r} has reported; the list has those that did")
         latest = next((x.name for x in rolled.value.all if x.history), "") if rolled.value else ""
-        batches = s.batches(latest, name).look() if latest else Seen[Any]([])
+        batches: Seen[Any] = s.batches(latest, name).look() if latest else Seen([])
         return self._page(
             request,
             "robot",
@@ -271,7 +272,7 @@ class Pages:
         rolled = self._source.rollouts.look()
         if rolled.value is not None and rolled.value.find(id) is None:
             raise Refused(404, f"no rollout {id!r} in this store; the list has those that there are")
-        detail = self._source.detail(id).look() if rolled.value is not None else Seen[Any](None)
+        detail: Seen[Any] = self._source.detail(id).look() if rolled.value is not None else Seen(None)
         return self._page(
             request,
             "rollout",
@@ -386,7 +387,7 @@ class Pages:
 
     # ── what every page has ──────────────────────────────────────────────────────────────────────────
 
-    def _silent(self, robot: robots.Robot) -> bool:
+    def _silent(self, robot: Robot) -> bool:
         return robot.silent(self._source.unix(), self._silence_s)
 
     def _page(
@@ -473,7 +474,8 @@ def _handle_errors(app: FastAPI) -> None:
         return PlainTextResponse(f"{e.detail}\n", e.status_code, headers=e.headers)
 
     def broken(request: Request, e: Exception) -> Response:
-        return PlainTextResponse("This page could not be made; the server's log says why.\n", 500)
+        # Outside of every middleware, so it brings the headers itself.
+        return PlainTextResponse("This page could not be made; the server's log says why.\n", 500, HEADERS)
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -532,9 +534,11 @@ def _environment() -> Environment:
     e.filters.update(
         count=shown.count,
         num=shown.number,
-        rate=shown.rate,
+        percent=shown.percent,
+        spread=shown.spread,
         exact=shown.exact,
         iso=shown.iso,
+        unix=shown.unix,
         ago=shown.ago,
         share=shown.share,
         spaced=lambda s: str(s).replace("_", " "),

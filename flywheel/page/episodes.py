@@ -110,9 +110,9 @@ def open_episode(store: Store, prefix: str) -> Opened:
         directory = episode.pull(store, prefix, Path(d))
         problems = episode.verify(directory)
         if fatal := [p for p in problems if p.fatal]:
-            raise EpisodeError(f"{prefix}: {fatal[0].reason}: {fatal[0].detail}"[:TEXT_MAX])
+            raise EpisodeError(f"{prefix}: {fatal[0]}"[:TEXT_MAX])
         e = episode.read(directory)
-    said = tuple(f"{p.reason}: {p.detail}"[:TEXT_MAX] for p in problems)
+    said = tuple(str(p)[:TEXT_MAX] for p in problems)
     pictures = {c: _stills(e, c, {x.row for x in strip}) for c, strip in _strips(e).items()}
     return Opened(draw(e, said), pictures)
 

@@ -20,6 +20,7 @@ import yaml
 from flywheel import episode
 from flywheel.claims import INBOX, LOG, MARKER, Claims, Marker
 from flywheel.errors import FlywheelError, NotFound, StoreError, StoreRefused, StoreUnavailable
+from flywheel.page.shown import unix
 from flywheel.schema import MANIFEST_FILE, Manifest
 from flywheel.store import Store
 
@@ -51,7 +52,6 @@ class Facts(NamedTuple):
     shift: str
     policy: str
     failed_unix_s: float
-    seconds: float
     cameras: tuple[str, ...]
 
 
@@ -210,8 +210,7 @@ def facts_of(m: Manifest) -> Facts:
         m.task,
         m.shift,
         m.policy_digest,
-        (m.clock_epoch_ns + (failed.t_ns if failed else m.window_ns[0])) / 1e9,
-        (m.window_ns[1] - m.window_ns[0]) / 1e9,
+        unix(m.clock_epoch_ns + (failed.t_ns if failed else m.window_ns[0])),
         m.cameras,
     )
 

@@ -17,7 +17,7 @@ from flywheel.errors import FlywheelError, StoreUnavailable
 
 TTL_S = 2.0
 FIRST_S = 8.0  # what the first request waits for; later ones are given what there is
-PATIENCE_S = 0.7
+PATIENCE_S = 0.25
 BACK_OFF_MAX_S = 30.0
 
 log = logging.getLogger(__name__)

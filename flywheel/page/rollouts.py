@@ -14,7 +14,14 @@ from flywheel.page.shown import NOTHING, number, share
 from flywheel.release import Publisher, Trust
 from flywheel.rollout import Approval, Evidence, Evidences, RolloutState
 from flywheel.rollout.documents import Arm, Tail
-from flywheel.rollout.evidence import read_gate, read_inputs, sum_up
+from flywheel.rollout.evidence import (
+    LATE_FLOOR_NS,
+    MISSES_FLOOR_PPM,
+    TRACKING_FLOOR_RAD,
+    read_gate,
+    read_inputs,
+    sum_up,
+)
 from flywheel.rollout.rules import assess
 from flywheel.rollout.words import read_words, sealed
 from flywheel.schema import ROLLOUT_ID, Check, FleetPlan, GateReport, Group, Release
@@ -185,6 +192,8 @@ def read_detail(
 
 
 def _columns(candidate: Arm, current: Arm) -> list[Column]:
+    arms = (candidate, current)
+
     def both(name: str, one: str, other: str) -> Column:
         return Column(name, one, other)
 
@@ -197,15 +206,19 @@ def _columns(candidate: Arm, current: Arm) -> list[Column]:
             share(current.successes, current.episodes),
         ),
         both("invalid chunks", str(candidate.invalid), str(current.invalid)),
-        both("tracking error p99, mrad", _tail(candidate.tracking, 1e3), _tail(current.tracking, 1e3)),
-        both("missed deadlines, ppm", _tail(candidate.misses), _tail(current.misses)),
-        both("lateness p99, µs", _tail(candidate.late, 1e-3), _tail(current.late, 1e-3)),
+        both("tracking error p99, mrad", *(_tail(a.tracking, TRACKING_FLOOR_RAD, 1e3) for a in arms)),
+        both("missed deadlines, ppm", *(_tail(a.misses, MISSES_FLOOR_PPM) for a in arms)),
+        both("lateness p99, µs", *(_tail(a.late, LATE_FLOOR_NS, 1e-3) for a in arms)),
     ]
 
 
-def _tail(tail: Tail, scale: float = 1.0) -> str:
-    """The geometric mean over batches."""
+def _tail(tail: Tail, floor: float, scale: float = 1.0) -> str:
+    """The geometric mean over batches. A batch below the floor counts as the floor, where differences end to
+    matter: what lies there is only known to be no more."""
+    if not tail.n:
+        return NOTHING
     try:
-        return number(math.exp(tail.mean) * scale) if tail.n else NOTHING
+        mean = math.exp(tail.mean)
     except OverflowError:
         return NOTHING
+    return f"≤ {number(floor * scale)}" if mean <= floor * (1 + 1e-9) else number(mean * scale)

@@ -82,14 +82,25 @@ def count(n: float | None) -> str:
     return f"{n:,}".replace(",", "\N{NARROW NO-BREAK SPACE}") if abs(n) < 10**12 else "> 10^12"
 
 
-def number(x: float | None, digits: int = 3) -> str:
-    """A figure to some digits."""
+def number(x: float | None, digits: int = 3, scale: float = 1.0) -> str:
+    """A figure to some digits, in units of ``1 / scale``."""
     if x is None:
         return NOTHING
     try:
-        return f"{x:.{digits}g}" if 1e-4 <= abs(x) < 1e6 or x == 0 else f"{x:.{digits}e}"
+        x = x * scale
+        if 1000 <= abs(x) < 1e12:
+            return count(round(x))
+        return f"{x:.{digits}g}" if 1e-4 <= abs(x) < 1000 or x == 0 else f"{x:.{digits - 1}e}"
     except OverflowError:
         return "> 10^308"
+
+
+def unix(ns: int) -> float:
+    """Seconds of a time in ns; not a number where that is beyond all times."""
+    try:
+        return ns / 1e9
+    except OverflowError:
+        return math.nan
 
 
 def share(part: float, whole: float) -> str:
@@ -100,15 +111,17 @@ def share(part: float, whole: float) -> str:
         return NOTHING
 
 
-def rate(p: object) -> str:
-    """A success rate of a gate report's evidence, with its interval."""
-    mean, low, high, n = (figure(p, k) for k in ("mean", "low", "high", "n"))
-    if mean is None:
-        return NOTHING
-    text = f"{100 * mean:.0f} %"
-    if low is not None and high is not None:
-        text += f" [{100 * low:.0f}, {100 * high:.0f}]"
-    return text if n is None else f"{text} of {n:.0f}"
+def percent(p: object) -> str:
+    """A success rate of a gate report's evidence."""
+    mean = figure(p, "mean")
+    return NOTHING if mean is None else f"{100 * mean:.0f} %"
+
+
+def spread(p: object) -> str:
+    """Its 95 % interval, and of how many attempts."""
+    low, high, n = (figure(p, k) for k in ("low", "high", "n"))
+    text = "" if low is None or high is None else f"[{100 * low:.0f}, {100 * high:.0f}]"
+    return text if n is None else f"{text} of {n:.0f}".strip()
 
 
 def figure(doc: object, key: str) -> float | None:

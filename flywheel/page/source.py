@@ -10,7 +10,7 @@ from pathlib import Path
 from flywheel.errors import StoreUnavailable
 from flywheel.page import episodes
 from flywheel.page.failures import FailureLog, Index
-from flywheel.page.kept import Kept, Shelf
+from flywheel.page.kept import PATIENCE_S, TTL_S, Kept, Shelf
 from flywheel.page.robots import Fleet, Tails, read_batches, read_fleet, read_tails
 from flywheel.page.rollouts import Detail, Logs, Rollouts, read_detail
 from flywheel.page.turns import TurnLog, Turns
@@ -29,11 +29,12 @@ class Source:
         open_store: Callable[[], Store],
         keys: Path | None = None,
         *,
-        ttl_s: float = 2.0,
+        ttl_s: float = TTL_S,
+        patience_s: float = PATIENCE_S,
         unix: Callable[[], float] = time.time,
     ) -> None:
         self.unix = unix
-        self._open_store, self._ttl_s = open_store, ttl_s
+        self._open_store, self._ttl_s, self._patience_s = open_store, ttl_s, patience_s
         self._lock = threading.Lock()
         self._store: Store | None = None
         self._reports, self._evidence = Evidences(), Evidences()
@@ -69,7 +70,7 @@ class Source:
     def tails(self, rollout_id: str, robots: tuple[str, ...]) -> Kept[dict[str, Tails]]:
         """The newest batches of a page's robots."""
         key = (rollout_id, robots)
-        return self._tails.get(key, lambda: self._kept(lambda s: read_tails(s, rollout_id, robots), 3.0))
+        return self._tails.get(key, lambda: self._kept(lambda s: read_tails(s, rollout_id, robots)))
 
     def batches(self, rollout_id: str, robot: str) -> Kept[list[Tails]]:
         """The newest batches of one robot."""
@@ -93,8 +94,8 @@ class Source:
         finally:
             self._fetching.release()
 
-    def _kept[T](self, read: Callable[[Store], T], ttl_s: float | None = None) -> Kept[T]:
-        return Kept(lambda: self._ask(read), self._ttl_s if ttl_s is None else ttl_s, unix=self.unix)
+    def _kept[T](self, read: Callable[[Store], T]) -> Kept[T]:
+        return Kept(lambda: self._ask(read), self._ttl_s, patience_s=self._patience_s, unix=self.unix)
 
     def _ask[T](self, read: Callable[[Store], T]) -> T:
         try:
