@@ -1,6 +1,7 @@
 """The fleet page: robots, rollouts, failures and turns, as the store has them now.
 
 app         routes, headers, errors: one application, for Airflow's UI (``dags/fleet_page.py``) or on its own
+pages       what each route answers; rendering: templates, notices, links
 standalone  the same on loopback, behind an address that works once
 source      the store and what is kept of it; kept: how it is kept
 robots      what every robot last said; its tails in the rollout under way

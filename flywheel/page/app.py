@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlencode
+from collections.abc import Callable
+from typing import Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flywheel import __version__
 from flywheel.config import RolloutSettings
 from flywheel.errors import FlywheelError, NotFound, StoreUnavailable
-from flywheel.gate.page import figures
-from flywheel.page import failures, robots, rollouts, shown
-from flywheel.page.episodes import jpeg_only
-from flywheel.page.kept import Seen
-from flywheel.page.paging import PAGES_MAX, SIZES, part
-from flywheel.page.robots import Robot
+from flywheel.page.pages import FOR_EVER, Pages, Refused
+from flywheel.page.rendering import HERE, STATIC, problem
 from flywheel.page.source import Source
-from flywheel.schema import Mode
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-HERE = Path(__file__).parent
-LIVE_S = 4  # between two looks of an open page
-STATIC = {
-    "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-}
-NAVIGATION = (
-    ("./", "Overview"),
-    ("robots", "Robots"),
-    ("rollouts", "Rollouts"),
-    ("failures", "Failures"),
-    ("turns", "Turns"),
-)
 CSP = "; ".join(
     (
         "default-src 'none'",
@@ -67,20 +39,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-FOR_EVER = "private, max-age=31536000, immutable"
-THUMBNAILS = (12, 24, 48, 96)
-
-Text = Annotated[str, Query(max_length=200)]
-Place = Annotated[str, Query(max_length=400)]
-PageNumber = Annotated[int, Query(ge=1, le=PAGES_MAX)]
-
-
-class Refused(Exception):
-    """A request that asks for what there is not; ``status`` and why."""
-
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status = status
 
 
 class Headers:
@@ -99,15 +57,6 @@ class Headers:
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What a page says above everything else."""
-
-    kind: str  # bad | warn
-    text: str
-    detail: str = ""
 
 
 def build(
@@ -154,320 +103,19 @@ def static(name: str) -> Response:
     return Response((HERE / name).read_bytes(), media_type=STATIC[name], headers={"Cache-Control": FOR_EVER})
 
 
-class Pages:
-    """What each route answers."""
-
-    def __init__(self, source: Source, silence_s: float, airflow_url: str) -> None:
-        self._source, self._silence_s, self._airflow_url = source, silence_s, airflow_url
-
-    # ── pages ────────────────────────────────────────────────────────────────────────────────────────
-
-    def overview(self, request: Request) -> HTMLResponse:
-        """Everything at a glance."""
-        s = self._source
-        fleet, rolled, failed, turned = s.fleet.look(), s.rollouts.look(), s.failures.look(), s.turns.look()
-        under_way = rolled.value.under_way if rolled.value else None
-        detail = s.detail(under_way.name).look() if under_way else None
-        return self._page(
-            request,
-            "overview",
-            "Overview",
-            [fleet, rolled, failed, turned, detail],
-            fleet=fleet.value,
-            rollouts=rolled.value,
-            under_way=under_way,
-            detail=detail.value if detail else None,
-            failures=failed.value,
-            turns=turned.value,
-            clusters=failures.clusters(failed.value.all)[:6] if failed.value else [],
-            troubled=robots.troubled(fleet.value.robots, self._silent) if fleet.value else [],
-            silent=sum(map(self._silent, fleet.value.robots)) if fleet.value else 0,
-        )
-
-    def robots(
-        self,
-        request: Request,
-        q: Text = "",
-        site: Text = "",
-        policy: Text = "",
-        mode: Text = "",
-        state: Text = "",
-        sort: Text = "robot",
-        down: bool = False,
-        page: PageNumber = 1,
-        size: int = 50,
-    ) -> HTMLResponse:
-        """Every robot, by pages."""
-        modes = [m.name.lower() for m in Mode]
-        _choice("mode", mode, ("", *modes))
-        _choice("state", state, ("", *robots.STATES))
-        _choice("sort", sort, robots.SORTS)
-        _choice("size", size, SIZES)
-        fleet, rolled = self._source.fleet.look(), self._source.rollouts.look()
-        wanted = robots.Wanted(q, site, policy, mode, state, sort, down)
-        found = robots.select(fleet.value.robots if fleet.value else (), wanted, self._silent)
-        shown_part = part(found, page, size)
-        tails: Seen[Any] = Seen({})
-        latest = next((s.name for s in rolled.value.all if s.history), "") if rolled.value else ""
-        if latest and shown_part.items:
-            names = tuple(r.report.robot for r in shown_part.items)
-            tails = self._source.tails(latest, names).look()
-        return self._page(
-            request,
-            "robots",
-            "Robots",
-            [fleet, rolled, tails],
-            fleet=fleet.value,
-            rollouts=rolled.value,
-            part=shown_part,
-            tails=tails.value or {},
-            tails_of=latest,
-            wanted=wanted,
-            modes=modes,
-            states=robots.STATES,
-            sizes=SIZES,
-            size=size,
-        )
-
-    def robot(self, request: Request, name: Text) -> HTMLResponse:
-        """One robot."""
-        s = self._source
-        fleet, rolled, failed = s.fleet.look(), s.rollouts.look(), s.failures.look()
-        robot = fleet.value.find(name) if fleet.value else None
-        if fleet.value is not None and robot is None:
-            raise Refused(404, f"no robot of the name {name!r} has reported; the list has those that did")
-        latest = next((x.name for x in rolled.value.all if x.history), "") if rolled.value else ""
-        batches: Seen[Any] = s.batches(latest, name).look() if latest else Seen([])
-        return self._page(
-            request,
-            "robot",
-            f"Robot {name}",
-            [fleet, rolled, failed, batches],
-            name=name,
-            robot=robot,
-            rollouts=rolled.value,
-            batches=batches.value or [],
-            batches_of=latest,
-            failures=failures.select(failed.value.all, robot=name)[:24] if failed.value else [],
-        )
-
-    def rollouts(self, request: Request, page: PageNumber = 1, size: int = 25) -> HTMLResponse:
-        """Every rollout, the newest first."""
-        _choice("size", size, SIZES)
-        rolled, fleet = self._source.rollouts.look(), self._source.fleet.look()
-        return self._page(
-            request,
-            "rollouts",
-            "Rollouts",
-            [rolled, fleet],
-            rollouts=rolled.value,
-            part=part(rolled.value.all if rolled.value else (), page, size),
-            fleet=fleet.value,
-            sizes=SIZES,
-            size=size,
-        )
-
-    def rollout(self, request: Request, id: Text) -> HTMLResponse:
-        """One rollout: its stages, its verdict with the evidence, people's words, every decision."""
-        rolled = self._source.rollouts.look()
-        if rolled.value is not None and rolled.value.find(id) is None:
-            raise Refused(404, f"no rollout {id!r} in this store; the list has those that there are")
-        detail: Seen[Any] = self._source.detail(id).look() if rolled.value is not None else Seen(None)
-        return self._page(
-            request,
-            "rollout",
-            f"Rollout {id}",
-            [rolled, detail],
-            id=id,
-            rollouts=rolled.value,
-            standing=rolled.value.find(id) if rolled.value else None,
-            detail=detail.value,
-        )
-
-    def failures(
-        self,
-        request: Request,
-        q: Text = "",
-        mode: Text = "",
-        site: Text = "",
-        robot: Text = "",
-        turn: Text = "",
-        page: PageNumber = 1,
-        size: int = 24,
-    ) -> HTMLResponse:
-        """The failure log: by failure mode, and episode by episode."""
-        _choice("size", size, THUMBNAILS)
-        failed = self._source.failures.look()
-        everything = failed.value.all if failed.value else ()
-        found = failures.select(everything, q=q, mode=mode, site=site, robot=robot, turn=turn)
-        clusters = failures.clusters(everything)
-        return self._page(
-            request,
-            "failures",
-            "Failures",
-            [failed],
-            failures=failed.value,
-            clusters=clusters,
-            most=max((c.total for c in clusters), default=1),
-            part=part(found, page, size),
-            wanted={"q": q, "mode": mode, "site": site, "robot": robot, "turn": turn},
-            sites=sorted({f.site for f in everything if f.site}),
-            took=sorted({f.turn for f in everything if f.turn}, reverse=True),
-            sizes=THUMBNAILS,
-            size=size,
-        )
-
-    def failure(self, request: Request, at: Place) -> HTMLResponse:
-        """One episode: its timeline, its pictures, its events."""
-        prefix = _prefix(at)
-        opened = self._source.episode(prefix)
-        failed = self._source.failures.look()
-        return self._page(
-            request,
-            "failure",
-            f"Episode {opened.timeline.manifest.episode_id}",
-            [failed],
-            t=opened.timeline,
-            m=opened.timeline.manifest,
-            prefix=prefix,
-            listed=failed.value.find(prefix) if failed.value else None,
-            live=False,  # sealed episodes do not change
-        )
-
-    def turns(self, request: Request, page: PageNumber = 1, size: int = 25) -> HTMLResponse:
-        """Turns with success by shift, the newest first."""
-        _choice("size", size, SIZES)
-        turned = self._source.turns.look()
-        return self._page(
-            request,
-            "turns",
-            "Turns",
-            [turned],
-            turns=turned.value,
-            part=part(turned.value.all if turned.value else (), page, size),
-            sizes=SIZES,
-            size=size,
-        )
-
-    def turn(self, request: Request, name: Text) -> HTMLResponse:
-        """One turn: what it started from, its gate, its failures."""
-        turned, failed, rolled = (
-            self._source.turns.look(),
-            self._source.failures.look(),
-            self._source.rollouts.look(),
-        )
-        turn = turned.value.find(name) if turned.value else None
-        if turned.value is not None and turn is None:
-            raise Refused(404, f"no turn {name!r} among the newest; `flywheel experiments` has all")
-        taken = failures.select(failed.value.all, turn=name) if failed.value else []
-        return self._page(
-            request,
-            "turn",
-            f"Turn {name}",
-            [turned, failed, rolled],
-            name=name,
-            turn=turn,
-            clusters=failures.clusters(taken),
-            most=max((c.total for c in failures.clusters(taken)), default=1),
-            taken=taken[:12],
-            standing=rolled.value.find(turn.rollout) if rolled.value and turn and turn.rollout else None,
-        )
-
-    # ── pictures ─────────────────────────────────────────────────────────────────────────────────────
-
-    def thumbnail(self, at: Place) -> Response:
-        """The moment of failure."""
-        return _jpeg(self._source.thumbnail(_prefix(at)))
-
-    def picture(self, at: Place, camera: Text, row: Annotated[int, Query(ge=0, le=10**9)]) -> Response:
-        """One picture of a strip."""
-        prefix = _prefix(at)
-        found = self._source.episode(prefix).pictures.get(camera, {})
-        return _jpeg(jpeg_only(found.get(row), prefix))
-
-    # ── what every page has ──────────────────────────────────────────────────────────────────────────
-
-    def _silent(self, robot: Robot) -> bool:
-        return robot.silent(self._source.unix(), self._silence_s)
-
-    def _page(
-        self,
-        request: Request,
-        template: str,
-        title: str,
-        looks: Iterable[Seen[Any] | None],
-        *,
-        live: bool = True,
-        **context: Any,
-    ) -> HTMLResponse:
-        now = self._source.unix()
-        seen = [x for x in looks if x is not None]
-        text = (
-            _environment()
-            .get_template(f"{template}.html.jinja")
-            .render(
-                context,
-                title=title,
-                path=request.url.path.rsplit("/", 1)[-1] or "./",
-                query=dict(request.query_params),
-                now=now,
-                notices=notices(seen, now),
-                live=LIVE_S if live else 0,
-                silent_robot=self._silent,
-                airflow_url=self._airflow_url,
-            )
-        )
-        return HTMLResponse(text, 503 if any(x.down and x.value is None for x in seen) else 200)
-
-
-def notices(looks: Iterable[Seen[Any]], now: float) -> list[Notice]:
-    """What went wrong with what a page shows; a store that is down is one notice, not one a part."""
-    found: dict[str, Notice] = {}
-    for x in looks:
-        if not x.problem:
-            continue
-        old = "Nothing was read yet."
-        if x.at_unix_s:
-            old = f"Shown is what was read {shown.ago(x.at_unix_s, now)}."
-        if x.down:
-            found["down"] = Notice("bad", f"The store does not answer. {old}", x.problem)
-        else:
-            found[x.problem] = Notice("warn", f"A part could not be read. {old}", x.problem)
-    return list(found.values())
-
-
-def _choice(name: str, value: object, valid: Iterable[object]) -> None:
-    choices = [v for v in valid if v != ""]
-    if value not in (*choices, "") or (value == "" and "" not in valid):
-        raise Refused(400, f"{name} = {value!r}: choose one of {', '.join(map(str, choices))}")
-
-
-def _prefix(at: str) -> str:
-    if not failures.PREFIX.fullmatch(at):
-        raise Refused(400, f"at = {at!r}: must be where an episode lies, episodes/site=…/robot=…/date=…/ID/")
-    return at
-
-
-def _jpeg(data: bytes) -> Response:
-    return Response(data, media_type="image/jpeg", headers={"Cache-Control": FOR_EVER})
-
-
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _handle_errors(app: FastAPI) -> None:
     def refused(request: Request, e: Exception) -> Response:
-        return _problem(e.status if isinstance(e, Refused) else 400, str(e))
+        return problem(e.status if isinstance(e, Refused) else 400, str(e))
 
     def invalid(request: Request, e: Exception) -> Response:
         assert isinstance(e, RequestValidationError)
         first = e.errors()[0]
         name = first["loc"][-1]
-        return _problem(400, f"{name} = {str(first.get('input'))[:200]!r}: {first['msg']}")
+        return problem(400, f"{name} = {str(first.get('input'))[:200]!r}: {first['msg']}")
 
     def failed(request: Request, e: Exception) -> Response:
         status = 404 if isinstance(e, NotFound) else 503 if isinstance(e, StoreUnavailable) else 502
-        return _problem(status, str(e))
+        return problem(status, str(e))
 
     def http(request: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)
@@ -482,82 +130,3 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(FlywheelError, failed)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, broken)
-
-
-def _problem(status: int, why: str) -> HTMLResponse:
-    titles = {400: "Not a request", 404: "Not there", 503: "The store does not answer"}
-    text = (
-        _environment()
-        .get_template("problem.html.jinja")
-        .render(
-            title=titles.get(status, "Cannot be shown"),
-            why=why,
-            path="",
-            query={},
-            now=0.0,
-            notices=[],
-            live=0,
-            airflow_url="",
-        )
-    )
-    return HTMLResponse(text, status)
-
-
-# ── templates ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    e = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    e.globals.update(
-        navigation=NAVIGATION,
-        version=__version__,
-        assets=_assets(),
-        stages=shown.STAGES,
-        verdicts=shown.VERDICTS,
-        modes_shown=shown.MODES,
-        steps=rollouts.ORDER,
-        mark=shown.Mark,
-        link=link,
-        figures=figures,
-        interval=shown.interval,
-        figure=shown.figure,
-    )
-    e.filters.update(
-        count=shown.count,
-        num=shown.number,
-        percent=shown.percent,
-        spread=shown.spread,
-        exact=shown.exact,
-        iso=shown.iso,
-        unix=shown.unix,
-        ago=shown.ago,
-        share=shown.share,
-        spaced=lambda s: str(s).replace("_", " "),
-        clip=lambda s, n=robots.TEXT_MAX: s if len(s) <= n else f"{s[:n]}…",
-    )
-    return e
-
-
-def link(path: str, query: Mapping[str, Any] | None = None, /, **changes: Any) -> str:
-    """A relative link with a query; what is empty is left out. A path of "" stays where it is."""
-    merged = {**(query or {}), **changes}
-    text = urlencode({k: _plain(v) for k, v in merged.items() if v not in ("", None, False)})
-    return f"{path}?{text}" if text else path or "?"
-
-
-def _plain(value: object) -> str:
-    return "true" if value is True else str(value)
-
-
-def _assets() -> str:
-    """A name for this state of the static files: browsers keep them until it changes."""
-    return hashlib.sha256(b"".join((HERE / n).read_bytes() for n in sorted(STATIC))).hexdigest()[:12]
