@@ -18,7 +18,8 @@ def make() -> Any:
 
     from airflow.api_fastapi.core_api.security import GetUserDep
 
-    from flywheel.config import PARAMS_FILE, Deployment, Settings
+    from flywheel.config import PARAMS_FILE, Deployment, RolloutSettings, Settings
+    from flywheel.errors import ConfigError
     from flywheel.page import Source, build
     from flywheel.store import Store
     from flywheel.workspace import source_checkout
@@ -27,8 +28,11 @@ def make() -> Any:
     source = Source(
         lambda: Store.from_env(Deployment.from_env(), timeout_s=5.0, attempts=2), deployment.home / "keys"
     )
-    settings = Settings.load(source_checkout() / PARAMS_FILE).rollout
-    return build(source, get_args(GetUserDep)[1].dependency, silence_s=settings.silence_s)
+    try:
+        rollout = Settings.load(source_checkout() / PARAMS_FILE).rollout
+    except ConfigError:  # an API server needs no checkout
+        rollout = RolloutSettings()
+    return build(source, get_args(GetUserDep)[1].dependency, silence_s=rollout.silence_s)
 
 
 class AtFirstRequest:
@@ -61,6 +65,7 @@ class FleetPage(AirflowPlugin):
             "name": "Fleet",
             "href": "/fleet/",
             "destination": "nav",
+            "icon": "/fleet/static/icon.svg",
             "url_route": "fleet",
             "nav_top_level": True,
         }

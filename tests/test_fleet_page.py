@@ -633,3 +633,21 @@ def _stores() -> Iterator[Store]:
 
     yield BucketStore(Bucket())
     yield BucketStore(LargeBucket())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_enough_contrast(scheme: str) -> None:
+    """WCAG 2.2, 1.4.3 (AA): 4.5 to 1, by the formula of relative luminance there."""
+    css = (Path(shown.__file__).parent / "page.css").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", "".join(blocks[: 1 if scheme == "light" else 2])))
+
+    def luminance(name: str) -> float:
+        channels = (int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for ground in ("ground", "sheet"):
+        for ink in ("ink", "soft", "link", "good", "busy", "warn", "bad", "idle"):
+            light, dark = sorted((luminance(ink), luminance(ground)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
