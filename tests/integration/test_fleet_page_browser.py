@@ -6,9 +6,13 @@ Screenshots stay in the directory that SCREENSHOTS names, or else in the test's 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +35,7 @@ from tests.fleets import ROBOTS, ReportingFleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
 )
@@ -74,6 +79,7 @@ def live(tmp_path: Path) -> Iterator[tuple[str, BucketStore]]:
     source = Source(lambda: store, tmp_path, ttl_s=0.1)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # from now on a browser may come, and waits until the server has started
         port = listening.getsockname()[1]
         config = uvicorn.Config(guarded(source, Door(said.append)), log_level="error", access_log=False)
         server = uvicorn.Server(config)
@@ -270,3 +276,37 @@ def test_a_person_sees_a_failure_start_a_run_opens_the_evidence_and_approves(
             page.screenshot(path=shots / "10-robots.png")
             assert outside == [], "the page asked somebody outside"
         assert running.airflow_url == airflow.url
+
+
+def test_airflow_finds_the_page_and_each_of_its_routes_asks_who_is_logged_in() -> None:
+    """Loading it costs every process of Airflow next to nothing, and the guard is Airflow's own."""
+    code = """
+        import json, sys
+        from importlib.metadata import entry_points
+        (found,) = entry_points(group="airflow.plugins", name="flywheel_fleet_page")
+        import airflow.plugins_manager
+        before = set(sys.modules)
+        plugin = found.load()
+        loaded = sorted(m for m in set(sys.modules) - before if m.startswith(("flywheel", "fastapi", "boto")))
+        from airflow.api_fastapi.core_api.security import get_user
+        from dags.fleet_page import make
+        routes = make().routes
+        open_ = [r.path for r in routes if get_user not in [d.call for d in r.dependant.dependencies]]
+        apps = [a["url_prefix"] for a in plugin.fastapi_apps]
+        print(json.dumps({"loaded": loaded, "open": open_, "routes": len(routes), "apps": apps,
+                          "views": plugin.external_views}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stderr[-2000:]}\nis the entry point installed? run `make setup`"
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded"] == []
+    assert found["open"] == []
+    assert found["routes"] >= 12
+    assert found["apps"] == ["/fleet"]
+    assert found["views"][0]["href"] == "/fleet/"
