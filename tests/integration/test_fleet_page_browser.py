@@ -146,7 +146,12 @@ def test_a_robot_with_markup_for_a_name_runs_nothing_in_a_browser(
     say(store, evil, refused_digest=evil, refused_reason=evil, campaigns={evil: 1})
     page = chromium.new_context().new_page()
     dialogs: list[str] = []
-    page.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
+
+    def dismiss(dialog: Any) -> None:
+        dialogs.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
     page.goto(address)
     for path in ("./", "robots"):
         page.goto(f"{page.url.rpartition('/')[0]}/{path}")
