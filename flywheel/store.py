@@ -300,6 +300,20 @@ class Store:
             for o in page.get("Contents", ()):
                 yield ObjectInfo(o["Key"].removeprefix(self.prefix), o["Size"], o["LastModified"])
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names directly below ``prefix``, which ends with "/", that have objects below them."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/"
+        )
+        it = iter(pages)
+        while True:
+            with self._errors("LIST", prefix):
+                page = next(it, None)
+            if page is None:
+                return
+            for found in page.get("CommonPrefixes", ()):
+                yield found["Prefix"].removeprefix(self.prefix + prefix).rstrip("/")
+
     # -- set-up
 
     def ensure_bucket(self) -> None:
