@@ -5,7 +5,7 @@ The catalogue is derived from the manifests and holds nothing of its own: it can
 """
 
 from flywheel.catalogue.engine import select
-from flywheel.catalogue.ingest import Ingested, ingest
+from flywheel.catalogue.ingesting import Ingested, ingest
 from flywheel.catalogue.ledger import Version, newest
 from flywheel.catalogue.rows import COLUMNS, Refused
 

@@ -29,7 +29,7 @@ _SHAPE = "it must be a condition such as outcome = 'timeout' and site = 'lab'"
 
 
 def check(where: str, option: str = "--where") -> str:
-    """``where`` with names in lower case, if it is a condition on the catalogue's columns.
+    """``where``, names in lower case and tokens apart, if it is a condition on the catalogue's columns.
 
     Raises ``ConfigError``, which names what does not belong there and the remedy.
     """
@@ -45,8 +45,9 @@ def check(where: str, option: str = "--where") -> str:
             raise ConfigError(f"{option}: {_excerpt(where, at)} does not belong in a condition; {_SHAPE}")
         at = found.end()
         token = found.group()
-        if found.lastgroup != "space":
-            count += 1
+        if found.lastgroup == "space":
+            continue
+        count += 1
         if found.lastgroup == "name":
             if where.startswith("'", at):
                 raise ConfigError(f"{option}: {_excerpt(where, at)}: a text in quotes may not follow a name")
@@ -58,7 +59,7 @@ def check(where: str, option: str = "--where") -> str:
         out.append(token)
     if depth:
         raise ConfigError(f"{option}: {depth} ( without ); {_SHAPE}")
-    return "".join(out)
+    return " ".join(out)  # so that no two signs make one that the engine knows and this does not
 
 
 def _name(name: str, called: bool, option: str) -> str:
