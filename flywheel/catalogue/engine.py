@@ -45,9 +45,11 @@ def select(
     daft = load(ray)
     text = condition.check(where) if where else ""
     for attempt in (1, 2):
-        _, version = newest(store)
-        frame = scan(store, version)
+        number, version = newest(store)
+        if number == 0:
+            raise NotFound(f"{LOG}: {store} has no catalogue yet; make it with `flywheel episodes ingest`")
         try:
+            frame = scan(store, version)
             for name, value in equal.items():
                 if value:
                     frame = frame.where(daft.col(_known([name])[0]) == value)
@@ -72,15 +74,12 @@ def select(
 
 
 def scan(store: Store, version: Version) -> DataFrame:
-    """A version's rows as a lazy Daft frame, read from the store where it is needed.
-
-    Raises ``NotFound`` where there is no catalogue yet.
-    """
+    """A version's rows as a lazy Daft frame, read from the store where it is needed."""
     import daft
     from daft.io import IOConfig, S3Config
 
     if not version.parts:
-        raise NotFound(f"{LOG}: {store} has no catalogue yet; make it with `flywheel episodes ingest`")
+        return daft.from_arrow(COLUMNS.empty_table())
     access = store.access()
     s3 = S3Config(
         region_name=access.region,

@@ -74,7 +74,8 @@ def _name(name: str, called: bool, option: str) -> str:
         )
     if lower in COLUMNS.names:
         return lower
-    near = difflib.get_close_matches(lower, COLUMNS.names, n=1, cutoff=0.6)
+    near = [c for c in COLUMNS.names if c.startswith(f"{lower}_")]
+    near += difflib.get_close_matches(lower, COLUMNS.names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else "texts stand in single quotes; "
     raise ConfigError(f"{option}: unknown column {name!r}; {hint}columns: {', '.join(COLUMNS.names)}")
 
