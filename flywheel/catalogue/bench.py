@@ -4,7 +4,8 @@ The catalogues lie in an object store of the benchmark's own. Rows come from man
 ingests them; by default some thousand of them are varied by column to make up the million, with ``full``
 every one of the million is a manifest that was parsed. At each size the same questions are asked by the
 product's query and by a bare pyarrow scan of the same parts in turns, so that both see the same machine.
-The rate of ingest is measured with manifests that lie in the store, next to reading them one by one.
+The rate of ingest is measured with manifests that lie in the store, next to reading them one by one. With
+``FLYWHEEL_RAY`` set, that cluster reads and scans.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def catalogue(full: bool = False) -> dict[str, Any]:
     from flywheel.services.ceph import Ceph
 
     before = os.getloadavg()
+    ray = Deployment.from_env().ray
     home = Path(tempfile.mkdtemp(prefix="flywheel-catalogue-"))
     ceph = Ceph(home / "store")
     try:
@@ -65,9 +67,9 @@ def catalogue(full: bool = False) -> dict[str, Any]:
         store = Store(
             f"s3://{e.bucket}", e.endpoint, access_key=e.access_key, secret_key=e.secret_key, region=e.region
         )
-        figures = _ingest(store.sub("ingest"), 4000 if full else 400)
+        figures = _ingest(store.sub("ingest"), 4000 if full else 400, ray)
         catalogues, made = _catalogues(store, full)
-        figures |= made | _ask(catalogues, 60.0 if full else 12.0)
+        figures |= made | _ask(catalogues, 60.0 if full else 12.0, ray)
     finally:
         ceph.down()
         shutil.rmtree(home, ignore_errors=True)
@@ -80,6 +82,7 @@ def catalogue(full: bool = False) -> dict[str, Any]:
             "after": os.getloadavg(),
             "named": "one embedded store, one process that asks; the machine's own load besides",
             "questions": QUESTIONS,
+            "engine": f"ray at {ray}" if ray else "in process",
             "rows_by_manifest": "all" if full else "some thousand, varied by column",
         },
         "figures": figures,
@@ -108,15 +111,16 @@ def table(doc: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 # ── ingest ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ingest(store: Store, n: int) -> dict[str, float]:
+def _ingest(store: Store, n: int, ray: str) -> dict[str, float]:
     documents = list(_manifests(n, 1))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda m: store.put(m[0] + MANIFEST_FILE, m[1]), documents))
+    load(ray)
     begun = time.perf_counter()
-    found = ingest(store)
+    found = ingest(store, ray=ray)
     first = time.perf_counter() - begun
     begun = time.perf_counter()
-    again = ingest(store)
+    again = ingest(store, ray=ray)
     second = time.perf_counter() - begun
     begun = time.perf_counter()
     one_by_one = sum(1 for _ in episode.ls(store))
@@ -153,11 +157,11 @@ def _catalogues(store: Store, full: bool) -> tuple[dict[int, tuple[Store, str]],
         out[size] = (at, some["episode_id"][size // 2].as_py())
     written = time.perf_counter() - begun
     stored = sum(p.bytes for p in newest(out[SIZES[-1]][0])[1].parts)
-    return out, {
+    sizes = {"bytes_per_episode": stored / SIZES[-1]} if full else {}  # varied rows are more alike
+    return out, sizes | {
         "rows_from_manifests_per_s": n / parse,
         "rows_from_manifests_n": float(n),
         "rows_written_per_s": sum(SIZES) / written,
-        "bytes_per_episode": stored / SIZES[-1],
     }
 
 
@@ -238,14 +242,11 @@ def _varied(rows: pa.Table, n: int) -> pa.Table:
 # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ask(catalogues: dict[int, tuple[Store, str]], seconds: float) -> dict[str, float]:
-    begun = time.perf_counter()
-    load()
-    imported = time.perf_counter() - begun
+def _ask(catalogues: dict[int, tuple[Store, str]], seconds: float, ray: str) -> dict[str, float]:
     million, some_id = catalogues[SIZES[-1]]
     begun = time.perf_counter()
-    _ours(million, QUESTIONS["failures_of_a_site"])
-    figures = {"import_s": imported, "first_load_s": time.perf_counter() - begun}
+    _ours(million, QUESTIONS["failures_of_a_site"], ray)
+    figures = {"first_load_s": time.perf_counter() - begun}
     ours: dict[int, list[float]] = {n: [] for n in SIZES}
     bare: dict[int, list[float]] = {n: [] for n in SIZES}
     by_name: dict[str, list[float]] = {q: [] for q in QUESTIONS}
@@ -255,7 +256,7 @@ def _ask(catalogues: dict[int, tuple[Store, str]], seconds: float) -> dict[str, 
         for size, (store, some_id) in catalogues.items():
             for name, question in QUESTIONS.items():
                 begun = time.perf_counter()
-                found = _ours(store, question.format(id=some_id))
+                found = _ours(store, question.format(id=some_id), ray)
                 between = time.perf_counter()
                 same = _pyarrow(store, name, some_id)
                 ended = time.perf_counter()
@@ -278,8 +279,8 @@ def _ask(catalogues: dict[int, tuple[Store, str]], seconds: float) -> dict[str, 
     return figures
 
 
-def _ours(store: Store, question: str) -> pa.Table:
-    return select(store, question, ANSWER, LIMIT)
+def _ours(store: Store, question: str, ray: str) -> pa.Table:
+    return select(store, question, ANSWER, LIMIT, ray=ray)
 
 
 def _pyarrow(store: Store, name: str, some_id: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Queries: a columnar scan of the catalogue's parts by Daft, in this process or on a Ray cluster."""
+"""Daft, in this process or on a Ray cluster: columnar scans of the catalogue, and many objects at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from flywheel.store import Store
 
 if TYPE_CHECKING:
     from daft import DataFrame
+    from daft.io import IOConfig
 
 CONNECT_MS = 5_000
 READ_MS = 20_000
 ATTEMPTS = 3
+BACKOFF_MS = 100
+CONNECTIONS = 32
+RAY_PARTITIONS = 8  # that a chunk of downloads is spread over
 
 
 def select(
@@ -76,10 +80,40 @@ def select(
 def scan(store: Store, version: Version) -> DataFrame:
     """A version's rows as a lazy Daft frame, read from the store where it is needed."""
     import daft
-    from daft.io import IOConfig, S3Config
 
     if not version.parts:
         return daft.from_arrow(COLUMNS.empty_table())
+    urls = [_url(store, p.key) for p in version.parts]
+    types = {f.name: daft.DataType.from_arrow_type(f.type) for f in COLUMNS}
+    return daft.read_parquet(urls, infer_schema=False, schema=types, io_config=_io(store))
+
+
+def download(store: Store, keys: Sequence[str], ray: str = "") -> dict[str, bytes]:
+    """Objects by key, **unverified**, read as fast as the store gives them; those that failed are not there.
+
+    A fifth of the CPU that ``Store.get`` takes for each.
+    """
+    daft = load(ray)
+    from daft.functions import download as fetch
+
+    frame = daft.from_pydict({"key": list(keys), "url": [_url(store, k) for k in keys]})
+    if ray:
+        frame = frame.into_partitions(RAY_PARTITIONS)
+    body = fetch(daft.col("url"), max_connections=CONNECTIONS, on_error="null", io_config=_io(store))
+    try:
+        found = frame.select("key", body.alias("data")).where(daft.col("data").not_null()).to_pydict()
+    except (daft.exceptions.DaftCoreException, OSError):
+        return {}
+    return dict(zip(found["key"], found["data"], strict=True))
+
+
+def _url(store: Store, key: str) -> str:
+    return f"s3://{store.bucket}/{store.prefix}{key}"
+
+
+def _io(store: Store) -> IOConfig:
+    from daft.io import IOConfig, S3Config
+
     access = store.access()
     s3 = S3Config(
         region_name=access.region,
@@ -89,12 +123,11 @@ def scan(store: Store, version: Version) -> DataFrame:
         session_token=access.token,
         use_ssl=not (store.endpoint or "").startswith("http://"),
         num_tries=ATTEMPTS,
+        retry_initial_backoff_ms=BACKOFF_MS,
         connect_timeout_ms=CONNECT_MS,
         read_timeout_ms=READ_MS,
     )
-    urls = [f"s3://{store.bucket}/{store.prefix}{p.key}" for p in version.parts]
-    types = {f.name: daft.DataType.from_arrow_type(f.type) for f in COLUMNS}
-    return daft.read_parquet(urls, infer_schema=False, schema=types, io_config=IOConfig(s3=s3))
+    return IOConfig(s3=s3)
 
 
 def load(ray: str = "") -> Any:

@@ -29,7 +29,7 @@ class Refused(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_VERSION = "unknown_version"  # read again by a build that knows more
     MISPLACED = "misplaced"  # it describes another place than the one that it lies in
-    CORRUPT = "corrupt"  # its bytes differ from the hash that was stored with them
+    CORRUPT = "corrupt"  # its bytes differ from every hash that there is of them
     TOO_LARGE = "too_large"
     OUT_OF_RANGE = "out_of_range"  # a number or a text that no column can hold
     UNREADABLE = "unreadable"  # the store has it and does not give it

@@ -81,10 +81,14 @@ def ingest(
     Any number of times, and several at once: nothing is lost or there twice.
     """
     from flywheel import catalogue
+    from flywheel.config import Deployment
     from flywheel.services.environment import store
 
+    ray = Deployment.from_env().ray
     with Bar("manifests") as bar:
-        done = catalogue.ingest(store(), rebuild=rebuild, on_progress=lambda seen, read: bar.to(read, seen))
+        done = catalogue.ingest(
+            store(), rebuild=rebuild, ray=ray, on_progress=lambda seen, read: bar.to(read, seen)
+        )
     output.show(done, json)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from flywheel import catalogue, episode
-from flywheel.catalogue import ledger
+from flywheel.catalogue import ingesting, ledger
 from flywheel.catalogue.ledger import LOG, PARTS
 from flywheel.errors import ConfigError, NotFound, StoreError, StoreUnavailable
 from flywheel.schema import MANIFEST_FILE
@@ -79,6 +79,28 @@ def test_the_catalogue_answers_as_the_manifests_do(store: Store) -> None:
     whole = catalogue.select(store)
     assert whole.schema == catalogue.COLUMNS
     assert whole.to_pylist() == rows(store)
+
+
+def test_many_at_once_are_read_as_one_by_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daft fetches what is many, the store's client what is few: the rows are the same, bad ones included."""
+    fill(store, 0, 70)
+    store.put(manifest(3).prefix + MANIFEST_FILE, b"{")
+    store.put(manifest(4).prefix + MANIFEST_FILE, b"x" * (2 << 20))
+    store._client.put_object(
+        Bucket=store.bucket,
+        Key=f"{store.prefix}{manifest(5).prefix}{MANIFEST_FILE}",
+        Body=manifest(5).to_bytes(),
+        Metadata={"sha256": "0" * 64},
+    )
+    assert catalogue.ingest(store).refused == 2
+    together = rows(store)
+    asked = []
+    monkeypatch.setattr(ingesting, "FEW", 1000)
+    monkeypatch.setattr(ingesting, "download", lambda *a: asked.append(a))
+    catalogue.ingest(store, rebuild=True)
+    assert rows(store) == together
+    assert not asked
+    assert len(together) == 70
 
 
 def test_a_condition_that_makes_no_sense_says_why_and_names_the_types(store: Store) -> None:
