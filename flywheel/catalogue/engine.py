@@ -132,13 +132,9 @@ def _io(store: Store) -> IOConfig:
 
 def load(ray: str = "") -> Any:
     """Daft, running here or on the Ray cluster at ``ray`` (one or the other for the life of a process)."""
-    # Before the import: it reports itself to its makers otherwise, and draws bars over our output.
-    for name, value in (
-        ("DO_NOT_TRACK", "true"),
-        ("DAFT_ANALYTICS_ENABLED", "0"),
-        ("DAFT_PROGRESS_BAR", "0"),
-    ):
-        os.environ.setdefault(name, value)
+    # Before the import: they report themselves to their makers otherwise, and draw bars over our output.
+    for name in ("DAFT_ANALYTICS_ENABLED", "DAFT_PROGRESS_BAR", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
     try:
         import daft
         import daft.exceptions

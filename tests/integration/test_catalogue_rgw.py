@@ -201,3 +201,31 @@ def test_a_query_of_damaged_parts_names_the_remedy_and_an_ingest_mends_it(store:
     catalogue.ingest(store)
     assert rows(store) == before
     assert catalogue.select(store, "gaps = 0").num_rows == 9
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_reads_the_same_catalogue_and_gives_the_same_answers(
+    store: Store, store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where flywheel[ray] is installed. In processes of their own: Daft runs here or there, never both."""
+    pytest.importorskip("ray")
+    fill(store, 0, 80)
+    catalogue.ingest(store)
+    before = rows(store)
+    here = flywheel("episodes", "ls", "--where", "outcome = 'timeout'", "--json")
+    monkeypatch.setenv("FLYWHEEL_RAY", "local")
+    done = flywheel("episodes", "ingest", "--rebuild", "--json")
+    assert json.loads(done.stdout)["read"] == 80, done.stderr
+    assert rows(store) == before
+    there = flywheel("episodes", "ls", "--where", "outcome = 'timeout'", "--json")
+    assert json.loads(there.stdout) == json.loads(here.stdout), there.stderr
+    assert json.loads(here.stdout)
+
+
+def test_a_cluster_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, store_env: dict[str, str]
+) -> None:
+    monkeypatch.setenv("FLYWHEEL_RAY", "nonsense")
+    done = flywheel("episodes", "ls", "--where", "gaps = 0")
+    assert done.returncode == 1
+    assert "FLYWHEEL_RAY='nonsense'" in done.stderr
