@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flywheel.catalogue import COLUMNS, Ingested, ingest, ledger, newest
-from flywheel.catalogue.ledger import LOG, PARTS, Version, read_part
+from flywheel.catalogue.ledger import LOG, PARTS, Ledger, Version, read_part
+from flywheel.catalogue.rows import Sighting, row, table
 from flywheel.errors import StoreRefused, StoreUnavailable
 from flywheel.schema import EPISODE_FILES, MANIFEST_FILE, FileEntry, Manifest, Outcome
 from flywheel.store import Store
@@ -83,11 +84,11 @@ def test_each_manifest_is_read_once_and_has_its_row() -> None:
     assert store.objects == before, "an ingest with no news wrote something"
     assert not [k for verb, k in store.requests if verb == "get" and k.startswith("episodes/")]
     m = manifest(3)
-    row = next(r for r in rows(store) if r["episode_id"] == m.episode_id)
-    assert (row["prefix"], row["robot"], row["outcome"], row["date"]) == (m.prefix, "r0", "dropped", m.date)
-    assert (row["start_ns"], row["seconds"]) == (m.clock_epoch_ns + m.window_ns[0], 1.0)
-    assert (row["triggers"], row["bytes"], row["frames_rows"]) == (["task_timeout"], 300, 10)
-    assert row["refused"] is None
+    it = next(r for r in rows(store) if r["episode_id"] == m.episode_id)
+    assert (it["prefix"], it["robot"], it["outcome"], it["date"]) == (m.prefix, "r0", "dropped", m.date)
+    assert (it["start_ns"], it["seconds"]) == (m.clock_epoch_ns + m.window_ns[0], 1.0)
+    assert (it["triggers"], it["bytes"], it["frames_rows"]) == (["task_timeout"], 300, 10)
+    assert it["refused"] is None
 
 
 def test_an_episode_whose_manifest_has_not_arrived_is_none() -> None:
@@ -208,6 +209,11 @@ class _Other:
             run(self._store, rebuild=self._rebuild, batch_rows=5)
 
 
+def as_row(n: int, arrived: int = 0, etag: str = "a") -> pa.Table:
+    m = manifest(n)
+    return table([row(Sighting(m.prefix, 1, etag, arrived), m.to_bytes())])
+
+
 def test_a_version_made_in_the_place_of_a_swept_one_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that slept while others made many versions, and old ones were removed."""
     monkeypatch.setattr(ledger, "KEPT_VERSIONS", 2)
@@ -217,18 +223,27 @@ def test_a_version_made_in_the_place_of_a_swept_one_is_made_again(monkeypatch: p
         nonlocal asleep
         if verb == "create" and key.startswith(LOG) and not asleep:
             asleep = True
-            for n in range(40, 45):
-                put(store, manifest(n))
-                run(store)
+            others = Ledger(cast(Store, store))
+            for n in range(1, 6):
+                others.publish(as_row(n))
+                others.sweep()
 
-    store = filled(5)
-    run(store)
-    put(store, manifest(20))
+    store = MemoryStore()
+    Ledger(cast(Store, store)).publish(as_row(0))
     store.fault = sleep
-    run(store)
-    store.fault = lambda verb, key: None
-    assert len(rows(store)) == 11
-    assert rows(store) == made_anew(store)
+    Ledger(cast(Store, store)).publish(as_row(9))
+    assert asleep
+    assert {r["seed"] for r in rows(store)} == {0, 1, 2, 3, 4, 5, 9}
+
+
+def test_a_slow_writer_does_not_put_back_what_was_replaced_meanwhile() -> None:
+    store = MemoryStore()
+    writer = Ledger(cast(Store, store))
+    writer.publish(as_row(1, arrived=20, etag="new"))
+    writer.publish(as_row(1, arrived=10, etag="old"))
+    assert [r["etag"] for r in rows(store)] == ["new"]
+    writer.publish(as_row(1, arrived=30, etag="newest"))
+    assert [r["etag"] for r in rows(store)] == ["newest"]
 
 
 def test_a_store_that_goes_down_midway_says_so_and_what_was_published_stays() -> None:

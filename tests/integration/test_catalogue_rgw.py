@@ -45,7 +45,7 @@ def rows(store: Store) -> list[dict[str, Any]]:
 def flywheel(*args: str) -> subprocess.CompletedProcess[str]:
     code = "from flywheel.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -204,6 +204,7 @@ def test_a_query_of_damaged_parts_names_the_remedy_and_an_ingest_mends_it(store:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_ray_cluster_reads_the_same_catalogue_and_gives_the_same_answers(
     store: Store, store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
