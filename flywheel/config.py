@@ -351,6 +351,8 @@ class Deployment(Section):
     ``FLYWHEEL_SITE``       site name, default ``local``
     ``FLYWHEEL_ROBOT``      robot name, default the host's name
     ``FLYWHEEL_APPROVERS``  Airflow users who may approve a release, with commas; default ``ops``
+    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue: ``ray://host:10001``, ``auto`` (this
+                            machine's) or ``local`` (one of its own); default: this process scans
     ======================  =====================================================================
 
     With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.
@@ -363,6 +365,7 @@ class Deployment(Section):
     site: str
     robot: str
     approvers: tuple[str, ...] = ("ops",)
+    ray: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Deployment:
@@ -384,6 +387,7 @@ class Deployment(Section):
             site=_name(env, "FLYWHEEL_SITE", "local"),
             robot=_name(env, "FLYWHEEL_ROBOT", host or "robot"),
             approvers=_approvers(env),
+            ray=_ray(env),
         )
 
 
@@ -409,6 +413,13 @@ def _approvers(env: Mapping[str, str]) -> tuple[str, ...]:
     if not names:  # to Airflow an empty list would mean everybody
         raise ConfigError("FLYWHEEL_APPROVERS is empty: name the Airflow users who may approve a release")
     return names
+
+
+def _ray(env: Mapping[str, str]) -> str:
+    value = env.get("FLYWHEEL_RAY", "")
+    if value and not re.fullmatch(r"auto|local|(ray://)?[A-Za-z0-9.-]+:\d{1,5}", value):
+        raise ConfigError(f"FLYWHEEL_RAY={value!r}: must be auto, local or look like ray://host:10001")
+    return value
 
 
 def _name(env: Mapping[str, str], variable: str, default: str) -> str:

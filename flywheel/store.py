@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -40,6 +40,7 @@ from flywheel.refusals import failure, refusal, status_of
 from flywheel.schema import Strict, sha256_file
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, LifecycleRuleUnionTypeDef
 
@@ -59,11 +60,25 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One listed object: key relative to the store, bytes, time of the last write (UTC)."""
+    """One listed object: key relative to the store, bytes, time of the last write (UTC).
+
+    ``etag`` is the server's name for these bytes, another one for others; "" where it is not known.
+    """
 
     key: str
     size: int
     modified: datetime
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How another client reaches the store, for now: temporary keys expire. Its repr holds no secret."""
+
+    region: str
+    access_key: str | None = field(repr=False)
+    secret_key: str | None = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class EmbeddedStore(BaseModel):
@@ -112,7 +127,8 @@ class Store:
         self.prefix = f"{m[2].strip('/')}/" if m[2] and m[2].strip("/") else ""
         self.endpoint = endpoint
         self._at = f"{url} at {endpoint or 'AWS'}"
-        self._client = _client(endpoint, access_key, secret_key, region, timeout_s, attempts)
+        self._session = _session(endpoint, access_key, secret_key, region)
+        self._client = _client(self._session, endpoint, timeout_s, attempts)
 
     @classmethod
     def from_env(cls, deployment: Deployment | None = None, **options: Any) -> Store:
@@ -140,6 +156,15 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self._at})"
+
+    def access(self) -> Access:
+        """The keys that this store uses, for an engine with a client of its own."""
+        found = self._session.get_credentials()
+        keys = found.get_frozen_credentials() if found is not None else None
+        region = self._session.region_name or ""
+        if keys is None:
+            return Access(region, None, None, None)
+        return Access(region, keys.access_key, keys.secret_key, keys.token)
 
     def sub(self, prefix: str) -> Store:
         """The part of this store under ``prefix``."""
@@ -298,7 +323,8 @@ class Store:
             if page is None:
                 return
             for o in page.get("Contents", ()):
-                yield ObjectInfo(o["Key"].removeprefix(self.prefix), o["Size"], o["LastModified"])
+                key, etag = o["Key"].removeprefix(self.prefix), o.get("ETag", "").strip('"')
+                yield ObjectInfo(key, o["Size"], o["LastModified"], etag)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """The names directly below ``prefix``, which ends with "/", that have objects below them."""
@@ -435,19 +461,27 @@ def embedded_store(home: Path) -> EmbeddedStore | None:
         raise ConfigError(f"{path}: {why}; run `flywheel down` and `flywheel up` to write it anew") from None
 
 
-def _client(
-    endpoint: str | None,
-    access_key: str | None,
-    secret_key: str | None,
-    region: str | None,
-    timeout_s: float,
-    attempts: int,
-) -> S3Client:
-    import boto3
-    from botocore.config import Config
+def _session(
+    endpoint: str | None, access_key: str | None, secret_key: str | None, region: str | None
+) -> Session:
+    from boto3.session import Session
     from botocore.exceptions import BotoCoreError
 
     env = os.environ
+    try:
+        return Session(
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            region_name=region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1",
+        )
+    except (ValueError, BotoCoreError) as e:
+        raise ConfigError(f"object store client for {endpoint or 'AWS'}: {e}") from None
+
+
+def _client(session: Session, endpoint: str | None, timeout_s: float, attempts: int) -> S3Client:
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     loopback = re.match(r"https?://(127\.|localhost|\[::1\])", endpoint or "") is not None
     config = Config(
         connect_timeout=min(timeout_s, 5.0),
@@ -461,11 +495,6 @@ def _client(
         max_pool_connections=16,
     )
     try:
-        session = boto3.session.Session(
-            aws_access_key_id=access_key,
-            aws_secret_access_key=secret_key,
-            region_name=region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1",
-        )
         return session.client("s3", endpoint_url=endpoint, config=config)
     except (ValueError, BotoCoreError) as e:
         raise ConfigError(f"object store client for {endpoint or 'AWS'}: {e}") from None
