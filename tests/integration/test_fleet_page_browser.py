@@ -198,6 +198,7 @@ def wait_for[T](look: Callable[[], T | None], what: str, timeout_s: float = 120.
         time.sleep(0.5)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1200)  # two services start, and a run of 14 tasks
 def test_a_person_sees_a_failure_start_a_run_opens_the_evidence_and_approves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: Any, shots: Path
