@@ -40,7 +40,7 @@ from flywheel.twin.cell import CAMERAS
 
 IDLE, WORK, QUIT = 0, 1, 2
 SITE = "local"
-IDLE_S = 4.0  # between two looks of a fleet that does not work
+IDLE_S = 10.0  # between two looks of a fleet that does not work
 BATCH = 3  # attempts to one piece of evidence
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
