@@ -42,7 +42,11 @@ from flywheel.schema import Strict, sha256_file
 if TYPE_CHECKING:
     from boto3.session import Session
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, LifecycleRuleUnionTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectOutputTypeDef,
+        LifecycleRuleUnionTypeDef,
+        ListObjectsV2OutputTypeDef,
+    )
 
 EMBEDDED_FILE = "store.json"  # in FLYWHEEL_HOME, mode 0600, while the embedded store is up
 MAX_PUT_BYTES = 5 << 30  # S3's bound for one PUT; one PUT is what makes a write atomic
@@ -90,14 +94,15 @@ class EmbeddedStore(BaseModel):
     access_key: str
     secret_key: str
 
-    def connect(self) -> Store:
-        """The store, by these keys."""
+    def connect(self, prefix: str = "", **options: Any) -> Store:
+        """The store, or its part under ``prefix``, by these keys; ``options`` are those of ``Store``."""
         return Store(
-            f"s3://{self.bucket}",
+            f"s3://{self.bucket}/{prefix}".rstrip("/"),
             self.endpoint,
             access_key=self.access_key,
             secret_key=self.secret_key,
             region=self.region,
+            **options,
         )
 
 
@@ -145,14 +150,7 @@ class Store:
                 "no object store: start the embedded one with `flywheel up`, or set AWS_ENDPOINT_URL and "
                 "AWS_ACCESS_KEY_ID/AWS_SECRET_ACCESS_KEY (for AWS itself FLYWHEEL_STORE=s3://bucket)"
             )
-        return cls(
-            f"s3://{e.bucket}",
-            e.endpoint,
-            access_key=e.access_key,
-            secret_key=e.secret_key,
-            region=e.region,
-            **options,
-        )
+        return e.connect(**options)
 
     def __repr__(self) -> str:
         return f"Store({self._at})"
@@ -313,23 +311,20 @@ class Store:
     def list(self, prefix: str = "", nested: bool = True) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, in key order; without those below a further "/"
         unless ``nested``."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="" if nested else "/"
-        )
-        it = iter(pages)
-        while True:
-            with self._errors("LIST", prefix):
-                page = next(it, None)
-            if page is None:
-                return
+        for page in self._pages(prefix, "" if nested else "/"):
             for o in page.get("Contents", ()):
                 key, etag = o["Key"].removeprefix(self.prefix), o.get("ETag", "").strip('"')
                 yield ObjectInfo(key, o["Size"], o["LastModified"], etag)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """The names directly below ``prefix``, which ends with "/", that have objects below them."""
+        for page in self._pages(prefix, "/"):
+            for found in page.get("CommonPrefixes", ()):
+                yield found["Prefix"].removeprefix(self.prefix + prefix).rstrip("/")
+
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[ListObjectsV2OutputTypeDef]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/"
+            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter=delimiter
         )
         it = iter(pages)
         while True:
@@ -337,8 +332,7 @@ class Store:
                 page = next(it, None)
             if page is None:
                 return
-            for found in page.get("CommonPrefixes", ()):
-                yield found["Prefix"].removeprefix(self.prefix + prefix).rstrip("/")
+            yield page
 
     # -- set-up
 

@@ -62,9 +62,9 @@ def attention(store: Store, publisher: Publisher, settings: Settings, now: datet
     since = now_ns - settings.rollout.silence_s * 1e9
     heard = [r for r in reports if arrived[f"fleet/robots/{r.robot}.json"] >= since]
     silent = sorted({r.robot for r in reports} - {r.robot for r in heard})
-    offered = {g: publisher.current(g) for g in Group}
-    digests = {r.digest for r in offered.values() if r is not None}
-    plan = publisher.plan()
+    signed = publisher.load()
+    digests = {r.digest for g in Group if (r := signed.release(g)[0]) is not None}
+    plan = signed.plan()
     strays = [
         r.robot for r in heard if not (r.loaded_digest in digests or plan.excepts(r.robot, r.site, now_ns))
     ]

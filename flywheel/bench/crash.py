@@ -106,16 +106,8 @@ class Rig:
 
     def client(self, endpoint: str = "", timeout_s: float = 20.0, attempts: int = 4) -> Store:
         """The store, directly or by way of ``endpoint``."""
-        s = self.store
-        return Store(
-            f"s3://{s.bucket}/{self.prefix}",
-            endpoint or f"http://127.0.0.1:{self.words[_PORT]}",
-            access_key=s.access_key,
-            secret_key=s.secret_key,
-            region=s.region,
-            timeout_s=timeout_s,
-            attempts=attempts,
-        )
+        at = self.store.model_copy(update={"endpoint": endpoint or f"http://127.0.0.1:{self.words[_PORT]}"})
+        return at.connect(self.prefix, timeout_s=timeout_s, attempts=attempts)
 
     def step(self, role: int) -> Callable[[str], None]:
         """Dies at the step that was chosen for it."""

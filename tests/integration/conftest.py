@@ -35,13 +35,7 @@ def rgw(rgw_home: Path) -> EmbeddedStore:
 @pytest.fixture
 def store(rgw: EmbeddedStore) -> Store:
     """The real store, under a prefix that nothing else uses."""
-    return Store(
-        f"s3://{rgw.bucket}/test-{uuid.uuid4().hex}",
-        rgw.endpoint,
-        access_key=rgw.access_key,
-        secret_key=rgw.secret_key,
-        region=rgw.region,
-    )
+    return rgw.connect(f"test-{uuid.uuid4().hex}")
 
 
 @pytest.fixture
@@ -65,3 +59,13 @@ def store_env(rgw: EmbeddedStore, store: Store, monkeypatch: pytest.MonkeyPatch)
 def free_endpoint() -> str:
     """An address on this machine where nothing listens: a store that is down."""
     return f"http://127.0.0.1:{free_port(set())}"
+
+
+@pytest.fixture(scope="module")
+def lerobot_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """lerobot's reader copies what it reads into a cache: not into the user's."""
+    import datasets  # type: ignore[import-untyped]
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,8 @@ from flywheel.schema import bundle_digest
 from tests.attempts import CORRECTED, attempt
 from tests.encoders import bundle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("lerobot_cache")]
 SETTINGS = CurateSettings()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lerobot_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """lerobot's reader copies what it reads into a cache: not into the user's."""
-    import datasets  # type: ignore[import-untyped]
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture(scope="module")
