@@ -17,6 +17,7 @@ from flywheel.cli import (
     campaigns,
     episodes,
     keys,
+    labels,
     operate,
     page,
     rollouts,
@@ -40,6 +41,7 @@ app.add_typer(access.app, name="access")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")
+app.add_typer(labels.app, name="label")
 app.add_typer(campaigns.app, name="campaigns")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)
