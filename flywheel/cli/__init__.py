@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flywheel.cli import approvals, bench, campaigns, episodes, keys, operate, rollouts, stages, turns
+from flywheel.cli import approvals, bench, campaigns, episodes, keys, operate, rollouts, stages, turns, twin
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(campaigns.app, name="campaigns")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)
+app.add_typer(twin.app, name="twin")
 
 
 def main() -> None:
