@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 
 import mujoco
 import numpy as np
@@ -21,7 +23,12 @@ PAYLOAD_HALF_M = 0.02  # centre of a box under the cup; assumed where the box is
 
 
 def arm() -> mujoco.MjModel:
-    """The cell's arm with a payload of no mass on its cup; nothing else, and nothing touches."""
+    """The cell's arm with a payload of no mass on its cup; nothing else, and nothing touches. The caller's own."""
+    return copy.copy(_arm())
+
+
+@cache
+def _arm() -> mujoco.MjModel:
     spec = mujoco.MjSpec.from_string(MJCF)
     for e in list(spec.equalities):
         spec.delete(e)

@@ -13,6 +13,9 @@ episodes alone make it far more certain than that (``IDENTIFIED``): for a serial
 parameters can be (Gautier and Khalil, IEEE Trans. Robot. Autom. 6 (1990) 368), and which, depends on how it
 moved (Gautier and Khalil, Int. J. Robot. Res. 11 (1992) 362).
 
+The arm is identified from windows of free motion, what it carries from the others, with the arm as it was
+found: where a box hangs on the cup is not recorded, and must not be mistaken for something in the arm.
+
 Intervals come from the Jacobian at the optimum (Fisher information and prior) or, where these are wider, from
 how the windows disagree (White, Econometrica 48 (1980) 817; clusters: Liang and Zeger, Biometrika 73 (1986)
 13): what the model cannot explain is no white noise.
@@ -25,12 +28,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
+from scipy.stats import t as student_t
 
 from flywheel.errors import StageError
 from flywheel.twin.arm import STATE, Arms, FloatArray, delayed, nominal_values, run
 from flywheel.twin.cell import JOINTS, MODEL_SHA256
-from flywheel.twin.parameters import JOINT_NAMES, KINDS, Estimate, Scale, TwinParameters
+from flywheel.twin.parameters import JOINT_NAMES, KINDS, Estimate, Scale, TwinParameters, Values
 from flywheel.twin.replay import WINDOWS_S, Recorded, Window, Windows, cut, errors, windows
 
 WINDOW_S = 0.2
@@ -43,6 +48,9 @@ LEAST_SHARE = 0.3  # of the parameters that an episode alone must make twice as 
 # episode excites enough, which a simulated robot without noise would always answer with yes.
 ENCODER = np.repeat([1e-4, 1e-3], JOINTS)
 FLOOR = np.repeat([1e-6, 1e-5], JOINTS)  # float32, as recorded
+PASSES = 8
+OUTLIER = 1.5  # mean square of what is left of a window, against the median window's …
+KEPT = 0.75  # … and the share of the windows that stays whatever is left of them
 _DZ = 0.01
 _DX = np.repeat([1e-4, 1e-3], JOINTS)
 _T95 = 1.96
@@ -52,26 +60,28 @@ OnProgress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Excited:
-    """An episode's windows, or why it says too little."""
+    """An episode's windows in free motion and with something on the cup, or why it says too little."""
 
     windows: tuple[Window, ...]
+    carrying: tuple[Window, ...] = ()
     reason: str = ""
 
 
 class _Point(NamedTuple):
-    """Residuals at some parameters, in units of noise and without what starts can explain: ``[W, M]``;
-    and the basis of that, ``[W, M, 10]``."""
+    """At some parameters, in units of noise: residuals without what the starts can explain ``[W, M]``, a basis
+    of that ``[W, M, 10]``, the best starts ``[W, 10]`` and the states predicted from them ``[W, M]``."""
 
     residual: FloatArray
     basis: FloatArray
     starts: FloatArray
+    predicted: FloatArray
 
 
 class _Fit:
     """Residuals and their Jacobian over windows, as functions of ``z`` (``parameters.Scale``)."""
 
-    def __init__(self, w: Windows, scale: Scale, noise: FloatArray) -> None:
-        self.w, self.scale, self.noise = w, scale, noise
+    def __init__(self, w: Windows, scale: Scale, noise: FloatArray, others: Values) -> None:
+        self.w, self.scale, self.noise, self.others = w, scale, noise, others
         self._seen: tuple[bytes, _Point] | None = None
 
     def at(self, z: FloatArray) -> _Point:
@@ -82,7 +92,7 @@ class _Fit:
         return self._seen[1]
 
     def _at(self, z: FloatArray) -> _Point:
-        arms = Arms(self.scale.values(z))
+        arms = Arms({**self.others, **self.scale.values(z)})
         count = len(self.w.where)
         starts = np.concatenate([self.w.starts + d for d in (np.zeros(STATE), *np.diag(_DX))])
         runs = self._run(arms, starts, 1 + STATE).reshape(1 + STATE, count, -1)
@@ -91,43 +101,60 @@ class _Fit:
         left = self._measured() - runs[0]
         step = np.linalg.solve(triangle, np.einsum("wmk,wm->wk", basis, left)[..., None])[..., 0]
         better = self.w.starts + step
-        left = self._measured() - self._run(arms, better, 1).reshape(count, -1)
-        return _Point(_project(left, basis), basis, better)
+        predicted = self._run(arms, better, 1).reshape(count, -1)
+        return _Point(_project(self._measured() - predicted, basis), basis, better, predicted)
 
     def jacobian(self, z: FloatArray) -> FloatArray:
         """Of the residuals by ``z``, ``[W, M, P]``, by differences (Kaufman's: the basis stays)."""
-        point, values = self.at(z), self.scale.values(z)
+        point, values = self.at(z), {**self.others, **self.scale.values(z)}
         count = len(self.w.where)
-        here = self._run(Arms(values), point.starts, 1).reshape(count, -1)
         columns = []
-        for i, name in enumerate(values):
+        for i, name in enumerate(self.scale.around):
             sign = 1.0 if z[i] + _DZ <= self.scale.high[i] else -1.0
             moved = values | {name: self.scale.value(name, float(z[i]) + sign * _DZ)}
             there = self._run(Arms(moved), point.starts, 1).reshape(count, -1)
-            columns.append(_project((here - there) / (sign * _DZ), point.basis))
+            columns.append(_project((point.predicted - there) / (sign * _DZ), point.basis))
         return np.stack(columns, axis=-1)
 
     def solve(self, z: FloatArray) -> FloatArray:
-        """The best ``z``, from here on."""
+        """The best ``z``, from here on.
+
+        Far from it, the misfit is hundreds of times the noise, and in units of the noise the prior would weigh
+        nothing: what is not observable would run away before the rest is found. So the unit is the misfit, for
+        as long as that falls.
+        """
+        unit = self.misfit(z)
+        for _ in range(PASSES):
+            z = self._step(z, max(unit, 1.0))
+            before, unit = unit, self.misfit(z)
+            if unit > 0.9 * before:
+                break
+        return self._step(z, 1.0)
+
+    def _step(self, z: FloatArray, unit: float) -> FloatArray:
         eye = np.eye(z.size)
         found = least_squares(
-            lambda x: np.concatenate([self.at(x).residual.ravel(), x]),
+            lambda x: np.concatenate([self.at(x).residual.ravel() / unit, x]),
             z,
-            jac=lambda x: np.concatenate([self.jacobian(x).reshape(-1, x.size), eye]),
+            jac=lambda x: np.concatenate([self.jacobian(x).reshape(-1, x.size) / unit, eye]),
             bounds=(self.scale.low - 1e-9, self.scale.high),
-            x_scale=1.0,
             xtol=1e-4,
-            ftol=1e-6,
+            ftol=1e-3,
             gtol=1e-6,
-            max_nfev=15,
+            max_nfev=4,
         )
         return np.asarray(found.x)
 
-    def left(self, z: FloatArray) -> FloatArray:
-        """Root mean square of what the fit leaves of each signal, in its unit ``[10]``; the degrees of freedom
-        that the starts and parameters took are given back."""
-        r = self.at(z).residual.reshape(-1, STATE)
-        free = 1.0 - (STATE * len(self.w.where) + z.size) / r.size
+    def misfit(self, z: FloatArray) -> float:
+        """Root mean square of the residuals, in units of the noise; 1 if all that is left is noise."""
+        r = self.at(z).residual
+        return float(np.sqrt(np.sum(r**2) / (r.size - STATE * len(r))))
+
+    def left(self, z: FloatArray, of: NDArray[np.intp]) -> FloatArray:
+        """Root mean square of what the fit leaves of each signal in some windows, in its unit ``[10]``; the
+        degrees of freedom that the starts and parameters took are given back."""
+        r = self.at(z).residual[of].reshape(-1, STATE)
+        free = 1.0 - (STATE * len(of) + z.size) / r.size
         return np.asarray(np.sqrt(np.mean(r**2, axis=0) / free) * self.noise)
 
     def _measured(self) -> FloatArray:
@@ -152,8 +179,6 @@ def identify(
     Raises:
         StageError: fewer than ``LEAST_EPISODES`` episodes excite the arm enough; says why each does not.
     """
-    scale = Scale(nominal_values())
-    origin = np.zeros(len(scale.around))
     on_progress("excitation")
     judged = excitation(recorded, window_s, per_episode)
     refused = {r.episode_id: e.reason for r, e in zip(recorded, judged, strict=True) if e.reason}
@@ -166,34 +191,58 @@ def identify(
     each = max(round(1.0 / holdout), 2)
     out = kept[each - 1 :: each] or kept[-1:]
     fitted = [i for i in kept if i not in out]
-    w = cut(recorded, [at for i in fitted for at in judged[i].windows], window_s)
-    noise, z = noise_of(w), origin
-    for again in range(3):  # the noise is what a good fit leaves
-        on_progress(f"fit {again + 1}")
-        fit = _Fit(w, scale, noise)
-        z = fit.solve(z)
-        noise = np.maximum(fit.left(z), FLOOR)
-    fit = _Fit(w, scale, noise)
-    sd, condition = _certainty(fit, z)
-    on_progress("held out")
-    after = scale.values(z)
     held_out = [recorded[i] for i in out]
+    model = nominal_values()
+
+    on_progress("arm")
+    chosen = [at for i in fitted for at in judged[i].windows]
+    scale = Scale({n: v for n, v in model.items() if n != "payload"})
+    fit, z = _fitted(cut(recorded, chosen, window_s), scale, model)
+    sd, condition = _certainty(fit, z, [at.episode for at in fit.w.where])
+    estimates = _estimates(scale, z, sd)
+    values = model | scale.values(z)
+
+    on_progress("payload")
+    carrying = [at for i in fitted for at in judged[i].carrying]
+    episodes = {at.episode for at in carrying}
+    if len(episodes) >= LEAST_EPISODES - 1:
+        scale = Scale({"payload": model["payload"]})
+        load, z = _fitted(cut(recorded, carrying, window_s), scale, values)
+        sd, _ = _certainty(load, z, [at.episode for at in load.w.where], few=True)
+        estimates |= _estimates(scale, z, sd)
+        values |= scale.values(z)
+
+    on_progress("held out")
     return TwinParameters(
         model_sha256=MODEL_SHA256,
-        parameters=_estimates(scale, z, sd, carrying=any(at.carrying for at in w.where)),
+        parameters=estimates,
         episodes={recorded[i].episode_id: recorded[i].sha256 for i in fitted},
         held_out={r.episode_id: r.sha256 for r in held_out},
         refused=refused,
         robots=tuple(sorted({recorded[i].robot for i in kept})),
         window_s=window_s,
-        windows=len(w.where),
+        windows=len(fit.w.where),
         condition=condition,
         noise=dict(
-            zip([f"{s}.{n}" for s in ("q", "dq") for n in JOINT_NAMES], map(float, noise), strict=True)
+            zip([f"{s}.{n}" for s in ("q", "dq") for n in JOINT_NAMES], map(float, fit.noise), strict=True)
         ),
-        before=tuple(e for s in WINDOWS_S for e in errors(held_out, Arms(scale.around), s)),
-        after=tuple(e for s in WINDOWS_S for e in errors(held_out, Arms(after), s)),
+        before=tuple(e for s in WINDOWS_S for e in errors(held_out, Arms(model), s)),
+        after=tuple(e for s in WINDOWS_S for e in errors(held_out, Arms(values), s)),
     )
+
+
+def _fitted(w: Windows, scale: Scale, others: Values) -> tuple[_Fit, FloatArray]:
+    """The fit, twice: then with the noise that the first one left, and without windows that it cannot explain
+    (``OUTLIER``)."""
+    fit = _Fit(w, scale, noise_of(w), others)
+    z = fit.solve(np.zeros(len(scale.around)))
+    misfit = np.mean(fit.at(z).residual ** 2, axis=1)
+    bound = max(OUTLIER * float(np.median(misfit)), float(np.quantile(misfit, KEPT)))
+    explained = np.flatnonzero(misfit <= bound)
+    noise = np.maximum(fit.left(z, explained), FLOOR)
+    w = Windows(tuple(w.where[i] for i in explained), w.starts[explained], w.tau[explained], w.states[explained])
+    fit = _Fit(w, scale, noise, others)
+    return fit, fit.solve(z)
 
 
 def excitation(recorded: Sequence[Recorded], window_s: float, per_episode: int) -> list[Excited]:
@@ -202,39 +251,46 @@ def excitation(recorded: Sequence[Recorded], window_s: float, per_episode: int) 
     An episode must have some windows of free motion, and alone make ``LEAST_SHARE`` of the parameters at least
     twice as certain as the prior, with the sensors' noise that it shows.
     """
-    by_episode: list[list[Window]] = [[] for _ in recorded]
-    for at in windows(recorded, window_s):
-        by_episode[at.episode].append(at)
+    model = nominal_values()
+    scale = Scale({n: v for n, v in model.items() if n != "payload"})
     found = []
-    scale = Scale(nominal_values())
-    for r, all_of_it in zip(recorded, by_episode, strict=True):
-        if len(all_of_it) < LEAST_WINDOWS:
-            found.append(
-                Excited((), f"{len(all_of_it)} windows of {window_s:g} s in free motion, at least {LEAST_WINDOWS}")
-            )
+    for i, r in enumerate(recorded):
+        where = windows([r], window_s, moving=True)
+        free = _busiest(r, [at for at in where if not at.carrying], window_s, per_episode)
+        if len(free) < LEAST_WINDOWS:
+            why = f"{len(free)} windows of {window_s:g} s in which it moves freely, at least {LEAST_WINDOWS}"
+            found.append(Excited((), reason=f"{why} are needed; {_slowest(r)}"))
             continue
-        own = [at._replace(episode=0) for at in all_of_it]
-        busiest = np.argsort([-np.std(s[:, JOINTS:], axis=0).sum() for s in cut([r], own, window_s).states])
-        chosen = sorted(int(i) for i in busiest[:per_episode])
-        w = cut([r], [own[i] for i in chosen], window_s)
-        fit = _Fit(w, scale, np.maximum(noise_of(w), ENCODER))
+        w = cut([r], free, window_s)
+        fit = _Fit(w, scale, np.maximum(noise_of(w), ENCODER), model)
         j = fit.jacobian(np.zeros(len(scale.around))).reshape(-1, len(scale.around))
         sd = np.sqrt(np.diag(np.linalg.inv(j.T @ j + np.eye(j.shape[1]))))
-        twice = int(np.sum(sd < 0.5))
-        need = int(np.ceil(LEAST_SHARE * sd.size))
+        twice, need = int(np.sum(sd < 0.5)), int(np.ceil(LEAST_SHARE * sd.size))
         if twice < need:
-            fastest = np.abs(r.state[:, JOINTS:]).max(axis=0)
-            slow = JOINT_NAMES[int(np.argmin(fastest))]
-            found.append(
-                Excited(
-                    (),
-                    f"excites too little: it would make {twice} of {sd.size} parameters twice as certain, at least "
-                    f"{need} are needed; slowest joint {slow}, at most {fastest.min():.3f} rad/s",
-                )
+            why = f"would make {twice} of {sd.size} parameters twice as certain, at least {need} are needed"
+            found.append(Excited((), reason=f"{why}; {_slowest(r)}"))
+            continue
+        loaded = _busiest(r, [at for at in where if at.carrying], window_s, per_episode)
+        found.append(
+            Excited(
+                tuple(at._replace(episode=i) for at in free), tuple(at._replace(episode=i) for at in loaded)
             )
-        else:
-            found.append(Excited(tuple(all_of_it[i] for i in chosen)))
+        )
     return found
+
+
+def _busiest(r: Recorded, where: Sequence[Window], window_s: float, most: int) -> list[Window]:
+    """The windows in which the joints' speeds vary most, in order of time."""
+    if not where:
+        return []
+    speeds = cut([r], where, window_s).states[:, :, JOINTS:]
+    order = np.argsort(-np.std(speeds, axis=1).sum(axis=1), kind="stable")[:most]
+    return [where[i] for i in sorted(order.tolist())]
+
+
+def _slowest(r: Recorded) -> str:
+    fastest = np.abs(r.state[:, JOINTS:]).max(axis=0)
+    return f"slowest joint {JOINT_NAMES[int(np.argmin(fastest))]}, at most {fastest.min():.3f} rad/s"
 
 
 def noise_of(w: Windows) -> FloatArray:
@@ -249,16 +305,26 @@ def _project(columns: FloatArray, basis: FloatArray) -> FloatArray:
     return np.asarray(columns - np.einsum("wmk,wk->wm", basis, np.einsum("wmk,wm->wk", basis, columns)))
 
 
-def _certainty(fit: _Fit, z: FloatArray) -> tuple[FloatArray, float | None]:
-    """Standard deviations ``[P]``, in the prior's, and the condition number over what is identified."""
+def _certainty(
+    fit: _Fit, z: FloatArray, clusters: Sequence[int], few: bool = False
+) -> tuple[FloatArray, float | None]:
+    """Standard deviations ``[P]``, in the prior's, and the condition number over what is identified.
+
+    Windows are clusters of their own; with ``few``, each of ``clusters`` (the episode) is one, and Student's
+    quantile takes the place of the normal one.
+    """
     j, r = fit.jacobian(z), fit.at(z).residual
-    p, count = z.size, len(r)
+    p = z.size
     information = np.einsum("wmp,wmq->pq", j, j)
     covariance = np.linalg.inv(information + np.eye(p))
     scores = np.einsum("wmp,wm->wp", j, r)
+    if few:
+        scores = np.array([scores[np.equal(clusters, c)].sum(axis=0) for c in sorted(set(clusters))])
+    count = len(scores)
     spread = scores.T @ scores * (count / max(count - 1, 1))
-    robust = covariance @ (spread + np.eye(p)) @ covariance
-    sd = np.sqrt(np.maximum(np.diag(covariance), np.diag(robust)))
+    robust = np.diag(covariance @ (spread + np.eye(p)) @ covariance)
+    widen = (student_t.ppf(0.975, max(count - 1, 1)) / _T95) ** 2 if few else 1.0
+    sd = np.sqrt(np.maximum(np.diag(covariance), widen * robust))
     known = np.flatnonzero(sd < IDENTIFIED)
     if not known.size:
         return sd, None
@@ -267,11 +333,9 @@ def _certainty(fit: _Fit, z: FloatArray) -> tuple[FloatArray, float | None]:
     return sd, float(np.linalg.cond(part / np.outer(size, size)))
 
 
-def _estimates(scale: Scale, z: FloatArray, sd: FloatArray, carrying: bool) -> dict[str, Estimate]:
+def _estimates(scale: Scale, z: FloatArray, sd: FloatArray) -> dict[str, Estimate]:
     found = {}
     for i, name in enumerate(scale.around):
-        if name == "payload" and not carrying:
-            continue  # nothing was carried: the shift says what its boxes weigh
         value, low, high = (scale.value(name, float(z[i] + k * _T95 * sd[i])) for k in (0, -1, 1))
         found[name] = Estimate(
             nominal=scale.around[name],

@@ -175,6 +175,9 @@ def apply(model: mujoco.MjModel, values: Values) -> None:
             {"armature": model.dof_armature, "damping": model.dof_damping, "friction": model.dof_frictionloss}[
                 kind
             ][dof] = value
+    # Dry friction is a constraint. Few iterations are enough for boxes, but leave errors in the joints' speeds
+    # that are larger than what a small change of a parameter does.
+    model.opt.iterations, model.opt.ls_iterations, model.opt.tolerance = 50, 50, 1e-12
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter1d, uniform_filter1d
 
 from flywheel.episode import as_array, read
 from flywheel.episode.sealing import due_ns
@@ -32,6 +33,7 @@ TRUST_WINDOW_S = 0.5  # by which the twin is judged
 # Higher than anything that stands on the table: boxes are at most 0.052 m high, the bin 0.050 m.
 CLEAR_M = 0.06
 CARRYING_CLEAR_M = 0.11
+DWELL_RAD_S, DWELL_ROWS, DWELL_SMOOTH = 0.02, 51, 11
 STILL = 1e-3  # a signal that covers less than this, in its unit, has no range to compare with
 SIGNALS = (
     *(("q", f"q.{n}", "rad") for n in JOINT_NAMES),
@@ -137,12 +139,13 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Recorded], dict[str, str
     return found, refused
 
 
-def windows(recorded: Sequence[Recorded], window_s: float) -> list[Window]:
-    """Where windows of a length can be cut, next to each other, in episode order."""
+def windows(recorded: Sequence[Recorded], window_s: float, moving: bool = False) -> list[Window]:
+    """Where windows of a length can be cut, next to each other, in episode order; with ``moving``, only where
+    no joint dwells (``dwells``)."""
     steps = round(window_s * 1e9 / STEP_NS)
     found = []
     for i, r in enumerate(recorded):
-        good = r.usable & r.clear
+        good = r.usable & r.clear & ~dwells(r.state[:, JOINTS:]) if moving else r.usable & r.clear
         changes = np.flatnonzero(np.diff(r.held.astype(np.int8)) != 0) + 1
         start = HISTORY
         while start + steps < len(good):
@@ -159,6 +162,17 @@ def windows(recorded: Sequence[Recorded], window_s: float) -> list[Window]:
             found.append(Window(i, start, bool(r.held[start])))
             start += steps
     return found
+
+
+def dwells(dq: FloatArray) -> NDArray[np.bool_]:
+    """Rows ``[N]`` at which a joint stays near standstill, of velocities ``[N, 5]``, rad/s.
+
+    Dry friction is not smooth there, and what a joint does depends on how a solver treats it rather than on the
+    parameters (Armstrong-Hélouvry, Dupont and Canudas de Wit, Automatica 30 (1994) 1083). Passing through
+    standstill is no dwelling.
+    """
+    smooth = np.abs(uniform_filter1d(dq, DWELL_SMOOTH, axis=0))
+    return np.asarray((maximum_filter1d(smooth, DWELL_ROWS, axis=0) < DWELL_RAD_S).any(axis=1))
 
 
 def cut(recorded: Sequence[Recorded], where: Sequence[Window], window_s: float) -> Windows:
