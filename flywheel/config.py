@@ -150,6 +150,7 @@ class GateSettings(Section):
     """What a candidate must show."""
 
     shift: str = "factory"  # where the failures came from
+    twin: str = ""  # file of the twin's identified parameters (`flywheel twin identify`); "": the model's own
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab
     look_pairs: Count = 10  # pairs between two looks at success; it may be decided at each look

@@ -77,7 +77,9 @@ def identify(
             raise EpisodeError(f"--robot = {robot!r}: no episode in {episodes} is of it")
     robots = sorted({r.robot for r in recorded})
     if len(robots) > 1:
-        messages.print(f"{len(robots)} robots are taken for one: {', '.join(robots)} (--robot takes one of them)")
+        messages.print(
+            f"{len(robots)} robots are taken for one: {', '.join(robots)} (--robot takes one of them)"
+        )
     with Bar("identify") as bar:
         found = run(recorded, holdout=holdout, on_progress=lambda what: bar.to(0, 0, what))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,14 @@ def identify(
     rows(
         ["parameter", "model", "identified", "95 %", "unit", ""],
         [
-            [n, e.nominal, e.value, f"{e.low:.4g} … {e.high:.4g}", e.unit, "" if e.identified else "not identified"]
+            [
+                n,
+                e.nominal,
+                e.value,
+                f"{e.low:.4g} … {e.high:.4g}",
+                e.unit,
+                "" if e.identified else "not identified",
+            ]
             for n, e in found.parameters.items()
         ],
         False,
@@ -98,7 +107,11 @@ def identify(
     before = {(e.signal, e.window_s): e for e in found.before}
     rows(
         ["held out", "unit", "window s", "rms before", "rms after"],
-        [[e.signal, e.unit, e.window_s, before[e.signal, e.window_s].rms, e.rms] for e in found.after if "." not in e.signal],
+        [
+            [e.signal, e.unit, e.window_s, before[e.signal, e.window_s].rms, e.rms]
+            for e in found.after
+            if "." not in e.signal
+        ],
         False,
     )
     for name, why in found.refused.items():

@@ -100,7 +100,9 @@ class _Nobody:
         limits_sha256="",
     )
 
-    def infer(self, images: dict[str, Image], state: np.typing.NDArray[np.float32], instruction: str) -> Inference:
+    def infer(
+        self, images: dict[str, Image], state: np.typing.NDArray[np.float32], instruction: str
+    ) -> Inference:
         raise BundleError("nobody decides here but the operator")
 
 

@@ -225,7 +225,9 @@ class TwinTrust(Strict):
             )
         replay = "no replay of it"
         if self.replay_error is not None:
-            replay = f"replay error {100 * self.replay_error:.2g} % of range over {self.replay_episodes} episodes"
+            replay = (
+                f"replay error {100 * self.replay_error:.2g} % of range over {self.replay_episodes} episodes"
+            )
         return f"the twin is {word}: {ranks}; {replay}"
 
 

@@ -4,9 +4,9 @@ far it is from recorded episodes that it replays.
     fleet/twin/<rollout id>.json            one ``TwinOutcome`` of each rollout that came as far as a canary
     fleet/twin-replay/<twin digest>.json    the newest ``TwinReplay`` of a twin
 
-A twin that orders policies wrongly, or moves otherwise than the robots, makes the gate's word worth less, so a
-rollout then asks its canary for more (``demand``). It never asks for less than the settings do: nothing here
-is signed.
+A twin that orders policies wrongly, or moves otherwise than the robots, makes the gate's word worth less, so
+a rollout then asks its canary for more (``demand``). It never asks for less than the settings do: nothing
+here is signed.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def evidence(replay: Replay, t_unix_ns: int) -> TwinReplay:
     )
     if found.worst is None:
         raise StageError(
-            f"errors = {found.errors}: a twin is judged by q, dq and tool over {TRUST_WINDOW_S:g} s; replay more "
-            "episodes, in which the arm moves freely for so long"
+            f"errors = {found.errors}: a twin is judged by q, dq and tool over {TRUST_WINDOW_S:g} s; replay "
+            "more episodes, in which the arm moves freely for so long"
         )
     return found
 

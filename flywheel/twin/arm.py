@@ -23,7 +23,7 @@ PAYLOAD_HALF_M = 0.02  # centre of a box under the cup; assumed where the box is
 
 
 def arm() -> mujoco.MjModel:
-    """The cell's arm with a payload of no mass on its cup; nothing else, and nothing touches. The caller's own."""
+    """The cell's arm with a payload of no mass on its cup; nothing else, and nothing touches. A copy."""
     return copy.copy(_arm())
 
 

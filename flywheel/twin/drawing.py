@@ -53,9 +53,13 @@ def draw(
         if not where:
             continue
         w = cut(recorded, where, s)
-        off = np.linalg.norm(forward(predict(arms, w)[..., :JOINTS]) - forward(w.states[..., :JOINTS]), axis=-1)
+        off = np.linalg.norm(
+            forward(predict(arms, w)[..., :JOINTS]) - forward(w.states[..., :JOINTS]), axis=-1
+        )
         span = (1 + np.arange(off.shape[1])) * STEP_NS * 1e-9
-        (line,) = growth.plot(span, 1e3 * np.median(off, axis=0), label=f"{s:g} s, {len(where)} windows: median")
+        (line,) = growth.plot(
+            span, 1e3 * np.median(off, axis=0), label=f"{s:g} s, {len(where)} windows: median"
+        )
         growth.plot(span, 1e3 * np.percentile(off, 95, axis=0), color=line.get_color(), linestyle=":")
     growth.set_xlabel("s since the recorded state")
     growth.set_ylabel("tool, twin against recorded, mm (dotted: 95 %)")

@@ -7,9 +7,9 @@ with noise too. It is a nuisance parameter of each window, eliminated by project
 J. Numer. Anal. 10 (1973) 413; with Kaufman's Jacobian, BIT 15 (1975) 49): taking it as measured biases the
 rest. ``mujoco.sysid`` does that, and has one variance for all sensors, so its intervals are not used here.
 
-What a datasheet knows counts as one more measurement of each parameter (a normal prior, ``parameters.KINDS``),
-so that what the episodes do not show stays where the model had it. A parameter is *identified* only if the
-episodes alone make it far more certain than that (``IDENTIFIED``): for a serial arm only groups of inertial
+What a datasheet knows counts as one more measurement of each parameter (a normal prior,
+``parameters.KINDS``), so that what the episodes do not show stays where the model had it. A parameter is
+*identified* only if the episodes make it far more certain than that (``IDENTIFIED``): for a serial arm only groups of inertial
 parameters can be (Gautier and Khalil, IEEE Trans. Robot. Autom. 6 (1990) 368), and which, depends on how it
 moved (Gautier and Khalil, Int. J. Robot. Res. 11 (1992) 362).
 
@@ -68,8 +68,9 @@ class Excited:
 
 
 class _Point(NamedTuple):
-    """At some parameters, in units of noise: residuals without what the starts can explain ``[W, M]``, a basis
-    of that ``[W, M, 10]``, the best starts ``[W, 10]`` and the states predicted from them ``[W, M]``."""
+    """At some parameters, in units of noise: residuals without what the starts can explain ``[W, M]``, a
+    basis of that ``[W, M, 10]``, the best starts ``[W, 10]`` and the states predicted from them
+    ``[W, M]``."""
 
     residual: FloatArray
     basis: FloatArray
@@ -119,9 +120,9 @@ class _Fit:
     def solve(self, z: FloatArray) -> FloatArray:
         """The best ``z``, from here on.
 
-        Far from it, the misfit is hundreds of times the noise, and in units of the noise the prior would weigh
-        nothing: what is not observable would run away before the rest is found. So the unit is the misfit, for
-        as long as that falls.
+        Far from it, the misfit is hundreds of times the noise, and in units of the noise the prior would
+        weigh nothing: what is not observable would run away before the rest is found. So the unit is the
+        misfit, for as long as that falls.
         """
         unit = self.misfit(z)
         for _ in range(PASSES):
@@ -186,7 +187,8 @@ def identify(
     if len(kept) < LEAST_EPISODES:
         first = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:5])
         raise StageError(
-            f"{len(kept)} of {len(recorded)} episodes excite the arm enough, {LEAST_EPISODES} are needed; {first}"
+            f"{len(kept)} of {len(recorded)} episodes excite the arm enough, {LEAST_EPISODES} are needed; "
+            f"{first}"
         )
     each = max(round(1.0 / holdout), 2)
     out = kept[each - 1 :: each] or kept[-1:]
@@ -240,7 +242,9 @@ def _fitted(w: Windows, scale: Scale, others: Values) -> tuple[_Fit, FloatArray]
     bound = max(OUTLIER * float(np.median(misfit)), float(np.quantile(misfit, KEPT)))
     explained = np.flatnonzero(misfit <= bound)
     noise = np.maximum(fit.left(z, explained), FLOOR)
-    w = Windows(tuple(w.where[i] for i in explained), w.starts[explained], w.tau[explained], w.states[explained])
+    w = Windows(
+        tuple(w.where[i] for i in explained), w.starts[explained], w.tau[explained], w.states[explained]
+    )
     fit = _Fit(w, scale, noise, others)
     return fit, fit.solve(z)
 
@@ -248,8 +252,8 @@ def _fitted(w: Windows, scale: Scale, others: Values) -> tuple[_Fit, FloatArray]
 def excitation(recorded: Sequence[Recorded], window_s: float, per_episode: int) -> list[Excited]:
     """Which windows of each episode to use; none, with the reason, of one that says too little.
 
-    An episode must have some windows of free motion, and alone make ``LEAST_SHARE`` of the parameters at least
-    twice as certain as the prior, with the sensors' noise that it shows.
+    An episode must have some windows of free motion, and alone make ``LEAST_SHARE`` of the parameters at
+    least twice as certain as the prior, with the sensors' noise that it shows.
     """
     model = nominal_values()
     scale = Scale({n: v for n, v in model.items() if n != "payload"})
@@ -294,8 +298,8 @@ def _slowest(r: Recorded) -> str:
 
 
 def noise_of(w: Windows) -> FloatArray:
-    """Standard deviation of white noise on each signal ``[10]``, from third differences, to which smooth motion
-    adds little (von Neumann et al., Ann. Math. Stat. 12 (1941) 153, taken further)."""
+    """Standard deviation of white noise on each signal ``[10]``, from third differences, to which smooth
+    motion adds little (von Neumann et al., Ann. Math. Stat. 12 (1941) 153, taken further)."""
     third = np.diff(w.states, n=3, axis=1)
     return np.maximum(np.sqrt(np.mean(third**2, axis=(0, 1)) / 20.0), FLOOR)  # 1 + 9 + 9 + 1
 

@@ -101,14 +101,14 @@ class TwinParameters(Strict):
     schema_version: Literal[1] = 1
     model_sha256: str = Field(pattern=DIGEST)
     parameters: dict[str, Estimate]
-    episodes: dict[str, Annotated[str, Field(pattern=DIGEST)]] = {}
-    held_out: dict[str, Annotated[str, Field(pattern=DIGEST)]] = {}
-    refused: dict[str, str] = {}
+    episodes: dict[str, Annotated[str, Field(pattern=DIGEST)]] = Field(default_factory=dict)
+    held_out: dict[str, Annotated[str, Field(pattern=DIGEST)]] = Field(default_factory=dict)
+    refused: dict[str, str] = Field(default_factory=dict)
     robots: tuple[str, ...] = ()
     window_s: float = 0.0
     windows: int = 0
     condition: float | None = None  # of the scaled information, over the identified parameters
-    noise: dict[str, float] = {}  # standard deviation of what the fit leaves, by signal
+    noise: dict[str, float] = Field(default_factory=dict)  # standard deviation that the fit leaves, by signal
     before: tuple[SignalError, ...] = ()  # of the held-out episodes, with the model's own parameters
     after: tuple[SignalError, ...] = ()
 
@@ -156,7 +156,11 @@ def nominal(model: mujoco.MjModel, payload_kg: float) -> dict[str, float]:
     """What a model of the arm says of itself, in the order of ``NAMES``."""
     dof = [int(model.joint(n).dofadr[0]) for n in JOINT_NAMES]
     found = {f"mass.{n}": float(model.body(n).mass[0]) for n in LINKS}
-    columns = {"armature": model.dof_armature, "damping": model.dof_damping, "friction": model.dof_frictionloss}
+    columns = {
+        "armature": model.dof_armature,
+        "damping": model.dof_damping,
+        "friction": model.dof_frictionloss,
+    }
     for kind, column in columns.items():
         found |= {f"{kind}.{n}": float(column[d]) for n, d in zip(JOINT_NAMES, dof, strict=True)}
     return found | {"delay": 0.0, "payload": payload_kg}
@@ -172,11 +176,13 @@ def apply(model: mujoco.MjModel, values: Values) -> None:
             body.mass[0] = value
         elif of:
             dof = int(model.joint(of).dofadr[0])
-            {"armature": model.dof_armature, "damping": model.dof_damping, "friction": model.dof_frictionloss}[
-                kind
-            ][dof] = value
-    # Dry friction is a constraint. Few iterations are enough for boxes, but leave errors in the joints' speeds
-    # that are larger than what a small change of a parameter does.
+            {
+                "armature": model.dof_armature,
+                "damping": model.dof_damping,
+                "friction": model.dof_frictionloss,
+            }[kind][dof] = value
+    # Dry friction is a constraint. Few iterations are enough for boxes, but leave errors in the joints'
+    # speeds that are larger than what a small change of a parameter does.
     model.opt.iterations, model.opt.ls_iterations, model.opt.tolerance = 50, 50, 1e-12
     mujoco.mj_setConst(model, mujoco.MjData(model))
 

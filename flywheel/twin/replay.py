@@ -167,8 +167,8 @@ def windows(recorded: Sequence[Recorded], window_s: float, moving: bool = False)
 def dwells(dq: FloatArray) -> NDArray[np.bool_]:
     """Rows ``[N]`` at which a joint stays near standstill, of velocities ``[N, 5]``, rad/s.
 
-    Dry friction is not smooth there, and what a joint does depends on how a solver treats it rather than on the
-    parameters (Armstrong-Hélouvry, Dupont and Canudas de Wit, Automatica 30 (1994) 1083). Passing through
+    Dry friction is not smooth there, and what a joint does depends on how a solver treats it rather than on
+    the parameters (Armstrong-Hélouvry, Dupont and Canudas de Wit, Automatica 30 (1994) 1083). Passing through
     standstill is no dwelling.
     """
     smooth = np.abs(uniform_filter1d(dq, DWELL_SMOOTH, axis=0))
