@@ -275,3 +275,12 @@ def test_the_command_line_replays_identifies_and_draws(real: list[Path], tmp_pat
 def test_an_estimate_outside_of_its_interval_is_no_estimate() -> None:
     good = Estimate(nominal=1, value=1, low=0.5, high=2, identified=True, unit="kg")
     assert TwinParameters(model_sha256=MODEL_SHA256, parameters={"payload": good}).values == {"payload": 1}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_over_many_robots_the_intervals_hold_what_they_say() -> None:
+    from flywheel.rehearsal.sysid import twin
+
+    doc = twin(full=True)
+    assert all(b["ok"] for b in doc["bars"].values()), doc["bars"]

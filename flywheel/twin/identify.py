@@ -9,9 +9,9 @@ rest. ``mujoco.sysid`` does that, and has one variance for all sensors, so its i
 
 What a datasheet knows counts as one more measurement of each parameter (a normal prior,
 ``parameters.KINDS``), so that what the episodes do not show stays where the model had it. A parameter is
-*identified* only if the episodes make it far more certain than that (``IDENTIFIED``): for a serial arm only groups of inertial
-parameters can be (Gautier and Khalil, IEEE Trans. Robot. Autom. 6 (1990) 368), and which, depends on how it
-moved (Gautier and Khalil, Int. J. Robot. Res. 11 (1992) 362).
+*identified* only if the episodes make it far more certain than that (``IDENTIFIED``): for a serial
+arm only groups of inertial parameters can be (Gautier and Khalil, IEEE Trans. Robot. Autom. 6 (1990) 368),
+and which, depends on how it moved (Gautier and Khalil, Int. J. Robot. Res. 11 (1992) 362).
 
 The arm is identified from windows of free motion, what it carries from the others, with the arm as it was
 found: where a box hangs on the cup is not recorded, and must not be mistaken for something in the arm.
