@@ -219,4 +219,4 @@ def test_a_replay_without_the_window_by_which_twins_are_judged_is_not_kept() -> 
     from flywheel.twin.replay import Replay
 
     with pytest.raises(StageError, match=r"judged by q, dq and tool over 0\.5 s"):
-        twin.evidence(Replay(twin_digest=TWIN, episodes={}, robots=(), seconds={}, errors=()), 1)
+        twin.evidence(Replay(twin_digest=TWIN, episodes={"e": TWIN}, robots=(), seconds={}, errors=()), 1)

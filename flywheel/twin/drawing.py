@@ -32,7 +32,7 @@ def draw(
     if first is None:
         raise EpisodeError(f"no window of {shown:g} s to draw")
     figure = Figure(figsize=(13, 8), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2, 1])
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=[2, 1])
     axes = left.subplots(JOINTS, 1, sharex=True)
     t = np.arange(len(first.state)) * STEP_NS * 1e-9
     w = cut([first], windows([first], shown), shown)

@@ -133,11 +133,16 @@ class _Fit:
         return self._step(z, 1.0)
 
     def _step(self, z: FloatArray, unit: float) -> FloatArray:
-        eye = np.eye(z.size)
+        def residual(x: FloatArray) -> FloatArray:
+            return np.concatenate([self.at(x).residual.ravel() / unit, x])
+
+        def jacobian(x: FloatArray) -> FloatArray:
+            return np.concatenate([self.jacobian(x).reshape(-1, x.size) / unit, np.eye(x.size)])
+
         found = least_squares(
-            lambda x: np.concatenate([self.at(x).residual.ravel() / unit, x]),
+            residual,
             z,
-            jac=lambda x: np.concatenate([self.jacobian(x).reshape(-1, x.size) / unit, eye]),
+            jac=jacobian,
             bounds=(self.scale.low - 1e-9, self.scale.high),
             xtol=1e-4,
             ftol=1e-3,
@@ -301,7 +306,7 @@ def noise_of(w: Windows) -> FloatArray:
     """Standard deviation of white noise on each signal ``[10]``, from third differences, to which smooth
     motion adds little (von Neumann et al., Ann. Math. Stat. 12 (1941) 153, taken further)."""
     third = np.diff(w.states, n=3, axis=1)
-    return np.maximum(np.sqrt(np.mean(third**2, axis=(0, 1)) / 20.0), FLOOR)  # 1 + 9 + 9 + 1
+    return np.asarray(np.maximum(np.sqrt(np.mean(third**2, axis=(0, 1)) / 20.0), FLOOR))  # 1 + 9 + 9 + 1
 
 
 def _project(columns: FloatArray, basis: FloatArray) -> FloatArray:
