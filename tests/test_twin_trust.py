@@ -61,7 +61,8 @@ def test_rank_violation_is_zero_for_the_same_order_and_bounded_by_the_range(
 ) -> None:
     a, b = [x for x, _ in pairs], [y for _, y in pairs]
     assert mean_maximum_rank_violation(b, b) == 0.0
-    assert 0.0 <= mean_maximum_rank_violation(a, b) <= max(b) - min(b)
+    # a mean of equal numbers may differ from them by its rounding
+    assert 0.0 <= mean_maximum_rank_violation(a, b) <= (max(b) - min(b)) * (1 + 1e-12)
     assert mean_maximum_rank_violation([2 * x - 7 for x in b], b) == pytest.approx(0.0, abs=1e-9)
 
 
