@@ -10,7 +10,20 @@ import sys
 
 import typer
 
-from flywheel.cli import approvals, bench, campaigns, episodes, keys, operate, rollouts, stages, turns, twin
+from flywheel.cli import (
+    access,
+    approvals,
+    bench,
+    campaigns,
+    episodes,
+    keys,
+    operate,
+    page,
+    rollouts,
+    stages,
+    turns,
+    twin,
+)
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -22,7 +35,9 @@ app = typer.Typer(
 )
 operate.add_to(app)
 bench.add_to(app)
+page.add_to(app)
 stages.add_to(app)
+app.add_typer(access.app, name="access")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")
