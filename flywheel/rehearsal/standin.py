@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import pyarrow as pa
 
@@ -23,7 +22,7 @@ from flywheel.errors import BundleError
 from flywheel.robot import FloatArray, Image, JointState, Observation
 from flywheel.robot.twin import TwinPerception, TwinRobot
 from flywheel.schema import Bundle, Manifest, Outcome, Trigger, TriggerKind
-from flywheel.twin.arm import arm, nominal_values
+from flywheel.twin.arm import Dynamics, nominal_values
 from flywheel.twin.cell import JOINTS, MODEL_SHA256, Cell
 from flywheel.twin.operator import plan
 from flywheel.twin.parameters import JOINT_NAMES, KINDS, NAMES, Estimate, TwinParameters
@@ -62,22 +61,15 @@ class StandIn(TwinRobot):
         super().__init__(cell, cameras=())
         self._rng = np.random.default_rng(noise_seed)
         self._noise = noise * np.array([NOISE_Q_RAD, NOISE_DQ_RAD_S])
-        self._model = arm()
-        self._data = mujoco.MjData(self._model)
-        self._damping = self._model.dof_damping.reshape(-1)[:JOINTS].copy()
+        self._believed = Dynamics()
 
     def read(self, out: JointState) -> None:
         """Noisy joints; inertia and bias of the model at what they say."""
         super().read(out)
         noise = self._noise[:, None] * self._rng.standard_normal((2, JOINTS))
-        m, d = self._model, self._data
-        d.qpos[:] = out.q + noise[0]
-        d.qvel[:] = out.dq + noise[1]
-        mujoco.mj_fwdPosition(m, d)
-        mujoco.mj_fwdVelocity(m, d)
-        out.q, out.dq = d.qpos, d.qvel
-        out.bias = d.qfrc_bias + self._damping * d.qvel
-        mujoco.mj_fullM(m, d, out.mass)
+        out.q = out.q + noise[0]
+        out.dq = out.dq + noise[1]
+        out.bias = self._believed.at(out.q, out.dq, out.mass)
 
 
 class _Nobody:

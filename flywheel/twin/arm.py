@@ -27,6 +27,23 @@ def arm() -> mujoco.MjModel:
     return copy.copy(_arm())
 
 
+class Dynamics:
+    """Inertia and bias of the arm, as its model has them, at any state."""
+
+    def __init__(self) -> None:
+        self._model = arm()
+        self._data = mujoco.MjData(self._model)
+
+    def at(self, q: FloatArray, dq: FloatArray, mass: FloatArray) -> FloatArray:
+        """Fills ``mass`` ``[5, 5]``, kg·m²; returns gravity, Coriolis and viscous torques ``[5]``, N·m."""
+        m, d = self._model, self._data
+        d.qpos[:], d.qvel[:] = q, dq
+        mujoco.mj_fwdPosition(m, d)
+        mujoco.mj_fwdVelocity(m, d)
+        mujoco.mj_fullM(m, d, mass)
+        return np.asarray(d.qfrc_bias + m.dof_damping.reshape(-1) * d.qvel)
+
+
 @cache
 def _arm() -> mujoco.MjModel:
     spec = mujoco.MjSpec.from_string(MJCF)
