@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from flywheel.config import LabelSettings
 from flywheel.episode import read
 from flywheel.errors import StageError
@@ -68,7 +70,7 @@ def test_phases_cover_the_episode_and_end_in_the_operators(tmp_path: Path) -> No
     x = labelled(attempt(tmp_path, "dropped"))
     spans = x.signals.segments
     assert [p.value for p, *_ in spans] == ["approach", "grasp", "carry", "place", "recover"]
-    assert all(a[2] == b[1] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[2] == b[1] for a, b in pairwise(spans))
     t = read(next(tmp_path.iterdir())).control.column("t_ns").to_pylist()
     assert (spans[0][1], spans[-1][2]) == (t[0], t[-1] + t[1] - t[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     outs = []
     for name in ("a", "b"):
         label(inbox, tmp_path / name, LabelSettings(), answers=told)
-        outs.append([(tmp_path / name / f).read_bytes() for f in ("labels.parquet", "queue.json", "labels.json")])
+        outs.append(
+            [(tmp_path / name / f).read_bytes() for f in ("labels.parquet", "queue.json", "labels.json")]
+        )
     assert outs[0] == outs[1]
 
 
@@ -147,13 +150,13 @@ ids = st.integers(0, 30).map(str)
 def test_the_budget_holds_and_nobody_is_asked_twice(
     unsure: dict[str, float], rest: dict[str, str], answered: list[str], budget: int, audit: float
 ) -> None:
-    cluster = {k: "x" for k in unsure} | rest
+    cluster = dict.fromkeys(unsure, "x") | rest
     chosen = choose(unsure, cluster, answered, budget, audit)
     asked = [c.episode_id for c in chosen]
     assert len(asked) == len(set(asked)) <= budget
     assert not set(asked) & set(answered)
     unsure_ones = [c for c in chosen if c.why == "unsure"]
-    assert all(a.worth >= b.worth for a, b in zip(unsure_ones, unsure_ones[1:], strict=False))
+    assert all(a.worth >= b.worth for a, b in pairwise(unsure_ones))
 
 
 def test_one_frequent_kind_does_not_take_the_whole_budget() -> None:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from flywheel import __version__, episode
 from flywheel.attempt import Attempt, AttemptResult
+from flywheel.bench.reliability import Reliability, calibration_error
 from flywheel.config import LabelSettings, RecorderSettings, Settings
 from flywheel.edge.bench import machine
 from flywheel.edge.policy import ActionSource, Inference
@@ -39,15 +40,16 @@ from flywheel.label.signals import signals
 from flywheel.robot import FloatArray, Image, JointState, Observation
 from flywheel.robot.twin import TwinRobot
 from flywheel.schema import Outcome
-from flywheel.bench.reliability import Reliability, calibration_error
 from flywheel.twin.cell import REACH_M
 from flywheel.workspace import source_checkout
 
 ASPECTS = (Aspect.OUTCOME, Aspect.FAILURE_MODE, Aspect.PHASE, Aspect.CAUSE)
-# Bars: a label that is shown as sure must be right nine times in ten, or a technician stops reading them; most
-# episodes must get one, or people label everything themselves; and confidences may not be further off than a
-# tenth, the step in which people think of probabilities.
-RIGHT_WHEN_SURE, SURE_SHARE, ECE = 0.9, 0.5, 0.1
+# Bars: a label that is shown as sure must be right nine times in ten, or a technician stops reading them;
+# most episodes must get one, or people label everything themselves; and confidences may not be further off
+# than a tenth, the step in which people think of probabilities.
+BARS = (("right_when_sure", ">=", 0.9), ("sure_share", ">=", 0.5), ("ece", "<=", 0.1))
+COLUMNS = ("accuracy", "sure_share", "right_when_sure", "ece", "ece_low", "ece_high", "ece_noise")
+EPOCH_NS = 1_700_000_000_000_000_000
 FIRST_SEED = 1 << 20  # of scenes that nothing was trained on
 FAULT_S = 0.8  # into the attempt
 
@@ -226,11 +228,10 @@ def labels(full: bool = False) -> dict[str, Any]:
             said = [words_of(k.evidence, labellers)[aspect] for k in judged]
             scored = _score(said, [k.truth[aspect] for k in judged], sure)
             figures |= {f"{aspect}_{when}_{name}": v for name, v in scored.items()}
-            for name, op, bar in (("right_when_sure", ">=", RIGHT_WHEN_SURE), ("sure_share", ">=", SURE_SHARE), ("ece", "<=", ECE)):
-                if when == "after":
-                    value = scored[name]
-                    ok = value >= bar if op == ">=" else value <= bar
-                    bars[f"{aspect}_{name}"] = {"value": value, "op": op, "bar": bar, "ok": ok}
+            for name, op, bar in BARS if when == "after" else ():
+                value = scored[name]
+                ok = value >= bar if op == ">=" else value <= bar
+                bars[f"{aspect}_{name}"] = {"value": value, "op": op, "bar": bar, "ok": ok}
     figures |= _by_case(judged, after)
     return {
         "bench": "labels",
@@ -248,8 +249,7 @@ def table(doc: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for aspect in ASPECTS:
         for when in ("before", "after"):
             at = f"{aspect}_{when}_"
-            cells = [f[at + k] for k in ("accuracy", "sure_share", "right_when_sure", "ece", "ece_low", "ece_high", "ece_noise")]
-            lines.append([aspect, when, *(f"{c:.3f}" for c in cells)])
+            lines.append([aspect, when, *(f"{f[at + k]:.3f}" for k in COLUMNS)])
     return ["label", "answers", "right", "sure", "right when sure", "ece", "low", "high", "noise"], lines
 
 
@@ -278,7 +278,7 @@ def _by_case(judged: Sequence[Known], labellers: Labellers) -> dict[str, float]:
     }
 
 
-def known_familiar(bundle: Path) -> Familiar | str:
+def known_familiar(bundle: Path) -> Familiar:
     """What the base policy was trained on."""
     from flywheel.curate.embed import Encoder
     from flywheel.label.reference import demonstrated
@@ -291,7 +291,6 @@ def known_familiar(bundle: Path) -> Familiar | str:
 def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
     """Attempts of every case, shuffled alike every time, and how many were not to be counted."""
     familiar = known_familiar(bundle)
-    assert not isinstance(familiar, str)
     found: list[Known] = []
     dropped = 0
     sound: dict[int, bool] = {}
@@ -303,7 +302,7 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
             loop.system1.robot, loop.system2.perception = robot, robot
         if case.cause is Cause.INTEGRATION:
             attempt.use(NotNumbers(attempt.policy))
-        me = Identity("bench", case.name, "lockstep", 1_700_000_000_000_000_000, __version__, shift=case.shift)
+        me = Identity("bench", case.name, "lockstep", EPOCH_NS, __version__, shift=case.shift)
         settings = RecorderSettings(baseline_fraction=1.0, post_s=0.1, tail_s=0.1, min_interval_s=0.0)
         for i in range(seeds):
             seed = FIRST_SEED + i
@@ -326,7 +325,9 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
                     Aspect.PHASE: phase.value,
                     Aspect.CAUSE: (Cause.NONE if won else case.cause).value,
                 }
-                found.append(Known(e.manifest.episode_id, case.name, evidence(signals(e, familiar))[0], truth))
+                found.append(
+                    Known(e.manifest.episode_id, case.name, evidence(signals(e, familiar))[0], truth)
+                )
         attempt.close()
     order = np.random.default_rng(0).permutation(len(found))
     return [found[i] for i in order], dropped

@@ -27,8 +27,8 @@ def calibration_error(
 ) -> Reliability:
     """Expected calibration error over bins of equal count: Σ_b n_b / n |mean confidence - share right|.
 
-    Naeini, Cooper and Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning"; equal
-    counts as in Nguyen and O'Connor 2015. ``low`` and ``high`` are the 95 % percentile bootstrap. Few labels
+    Naeini, Cooper and Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning";
+    equal counts as in Nguyen and O'Connor 2015. ``low`` and ``high`` are the 95 % percentile bootstrap. Few labels
     show an error even where there is none; ``noise`` is how much (consistency resampling, Bröcker and Smith
     2007, "Increasing the Reliability of Reliability Diagrams"). Raises ``ValueError`` without a label.
     """
@@ -39,9 +39,7 @@ def calibration_error(
     draws = rng.integers(len(c), size=(RESAMPLES, len(c)))
     low, high = np.quantile([_error(c[d], r[d], bins) for d in draws], (0.025, 0.975))
     perfect = [_error(c, rng.random(len(c)) < c, bins) for _ in range(RESAMPLES)]
-    return Reliability(
-        _error(c, r, bins), float(low), float(high), float(np.quantile(perfect, 0.95)), len(c)
-    )
+    return Reliability(_error(c, r, bins), float(low), float(high), float(np.quantile(perfect, 0.95)), len(c))
 
 
 def _error(c: NDArray[np.float64], r: NDArray[np.bool_], bins: int) -> float:

@@ -22,7 +22,7 @@ app = typer.Typer(help="Label episodes; ask people about what is unsure, and kee
 def label(
     context: typer.Context,
     episodes: Annotated[Path | None, typer.Option(help="Directory of pulled episodes.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where labels.parquet, queue.json, labels.json go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where labels.parquet and queue.json go.")] = None,
     curated: Annotated[
         Path | None, typer.Option(help="Output of curate, whose clusters say what an answer is worth.")
     ] = None,
@@ -39,10 +39,9 @@ def label(
     """
     if context.invoked_subcommand is not None:
         return
-    for name, value in (("--episodes", episodes), ("--out", out)):
-        if value is None:
-            raise StageError(f"{name}: is missing; the stage needs it (`flywheel label --help`)")
-    assert episodes is not None and out is not None
+    if episodes is None or out is None:
+        missing = "--episodes" if episodes is None else "--out"
+        raise StageError(f"{missing}: is missing; the stage needs it (`flywheel label --help`)")
     from flywheel.label import label as run
     from flywheel.label import read_answers
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -44,7 +45,7 @@ class Said(Strict):
 
 
 class Question(Strict):
-    """One episode of which a person is asked. ``why``: its labels are unsure, or it was drawn to audit them."""
+    """An episode of which people are asked. ``why``: its labels are unsure, or it was drawn to audit them."""
 
     episode_id: str = Field(pattern=EPISODE)
     site: str
@@ -210,10 +211,8 @@ def answer(
         )
     except ValueError as e:
         raise StageError(_why(e)) from None
-    try:
+    with suppress(Conflict):  # the same word at the same instant: it is there
         store.create(said.key, said.to_bytes())
-    except Conflict:
-        pass  # the same word at the same instant: it is there
     return said
 
 

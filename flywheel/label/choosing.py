@@ -24,7 +24,11 @@ class Choice:
 
 
 def choose(
-    unsure: Mapping[str, float], cluster: Mapping[str, str], answered: Sequence[str], budget: int, audit: float
+    unsure: Mapping[str, float],
+    cluster: Mapping[str, str],
+    answered: Sequence[str],
+    budget: int,
+    audit: float,
 ) -> list[Choice]:
     """At most ``budget`` of the episodes, greedily.
 

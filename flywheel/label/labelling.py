@@ -121,7 +121,9 @@ def _fold(episode_id: str) -> int:
     return hashlib.sha256(f"fold\n{episode_id}".encode()).digest()[0] % FOLDS
 
 
-def words_of(e: Evidence, labellers: Labellers, said: Mapping[Aspect, str] | None = None) -> dict[Aspect, Word]:
+def words_of(
+    e: Evidence, labellers: Labellers, said: Mapping[Aspect, str] | None = None
+) -> dict[Aspect, Word]:
     """The label of every aspect; what people agree on stands as they said it."""
     found = {a: labellers[a].say(e, a) for a in Aspect}
     return found | {a: Word(w, 1.0, by_person=True) for a, w in (said or {}).items()}

@@ -41,7 +41,7 @@ class Classifier:
     answers: int
 
     def probabilities(self, features: Features, words: tuple[str, ...]) -> Floats:
-        """``[len(words)]``; zero for words that nobody has used. A number that is missing is an average one."""
+        """``[len(words)]``; zero for words that nobody has used. A missing number is an average one."""
         x = np.array([features.get(n, c) for n, c in zip(self.names, self.centre, strict=True)])
         z = np.append((x - self.centre) / self.scale, 1.0) @ self.weights
         p = np.exp(z - z.max())

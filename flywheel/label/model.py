@@ -49,8 +49,9 @@ class LabelModel:
                 a = self.accuracy[name]
                 wrong = np.log((1.0 - a) / (len(self.words) - 1))
                 log = log + np.where(np.arange(len(self.words)) == self.words.index(word), np.log(a), wrong)
-        p: Floats = np.exp(log - log.max())
-        return p / p.sum()
+        p = np.exp(log - log.max())
+        normalised: Floats = p / p.sum()
+        return normalised
 
 
 def fit(start: LabelModel, votes: Sequence[Votes], answers: Sequence[str | None]) -> LabelModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, Self
 
 import numpy as np
@@ -126,8 +127,8 @@ def _frozen(e: Episode, rows: NDArray[np.int64]) -> str:
     for camera in e.manifest.cameras[:1]:  # a fixed camera may rightly see nothing new
         jpegs = e.frames.column(f"image.{camera}").take(rows).to_pylist()
         run = 0
-        for same, went in zip((a == b for a, b in zip(jpegs, jpegs[1:], strict=False)), moved, strict=True):
-            run = run + 1 if same and went else 0
+        for (a, b), went in zip(pairwise(jpegs), moved, strict=True):
+            run = run + 1 if a == b and went else 0
             if run >= STILL_FRAMES:
                 return camera
     return ""

@@ -188,9 +188,7 @@ def _segments(
     for start, end in taken_over:
         at[(t >= start) & (t < end)] = 4
     found = [
-        (order[k], start, end)
-        for k in range(len(order))
-        for start, end in intervals(at == k, t, period_ns)
+        (order[k], start, end) for k in range(len(order)) for start, end in intervals(at == k, t, period_ns)
     ]
     return tuple(sorted(found, key=lambda x: x[1]))
 

@@ -81,8 +81,8 @@ class LabelResult(Strict):
     conflicts: tuple[str, ...] = ()  # episodes of which people say different things
     asked: int = 0  # questions to people
     novelty_why: str = ""  # why novelty was not measured; "" where it was
-    accuracies: dict[str, float] = {}  # "aspect.function": learned probability of being right
-    calibration: dict[str, tuple[float, float]] = {}  # by aspect: slope and offset of the log-odds
+    accuracies: Mapping[str, float] = {}  # "aspect.function": learned probability of being right
+    calibration: Mapping[str, tuple[float, float]] = {}  # by aspect: slope and offset of the log-odds
 
 
 @dataclass(frozen=True)
