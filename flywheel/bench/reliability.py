@@ -28,8 +28,8 @@ def calibration_error(
     """Expected calibration error over bins of equal count: Σ_b n_b / n |mean confidence - share right|.
 
     Naeini, Cooper and Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning";
-    equal counts as in Nguyen and O'Connor 2015. ``low`` and ``high`` are the 95 % percentile bootstrap. Few labels
-    show an error even where there is none; ``noise`` is how much (consistency resampling, Bröcker and Smith
+    equal counts as in Nguyen and O'Connor 2015. ``low`` and ``high`` are the 95 % percentile bootstrap. Few
+    labels show an error even where there is none; ``noise`` is how much (consistency resampling, Bröcker and Smith
     2007, "Increasing the Reliability of Reliability Diagrams"). Raises ``ValueError`` without a label.
     """
     c, r = np.asarray(confidence, np.float64), np.asarray(right, bool)
