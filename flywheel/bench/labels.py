@@ -6,8 +6,9 @@ encoder, a vacuum or a camera that fails, a person who comes near. An injected f
 the same scene without it succeeds; what fails in the lab with nothing wrong has no barrier to blame
 (``unknown``). How an attempt failed, and in which phase, is read from the simulated world itself.
 
-Half of the episodes are answered by this truth, as people would; the other half are labelled before and after
-those answers. ``ece`` is the expected calibration error; ``noise`` what perfect confidences would show.
+Labels are made before anybody has answered, and after: then each half of the episodes is labelled by what
+the truth about the other half, given as a person's answers, has taught. ``ece`` is the expected calibration
+error; ``noise`` what perfect confidences would show.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ from flywheel.attempt import Attempt, AttemptResult
 from flywheel.bench.reliability import Reliability, calibration_error
 from flywheel.config import LabelSettings, RecorderSettings, Settings
 from flywheel.edge.bench import machine
+from flywheel.edge.lockstep import LockstepResult
 from flywheel.edge.policy import ActionSource, Inference
 from flywheel.edge.recorder import Identity, Recorder
 from flywheel.label import Answer, Answers, Aspect, Cause, FailureMode, Phase
 from flywheel.label.answers import Evidence
 from flywheel.label.labelling import UNTAUGHT, Labellers, Word, evidence, learn, words_of
 from flywheel.label.pictures import Familiar
-from flywheel.label.signals import signals
+from flywheel.label.signals import TRACKING_ERROR_RAD, signals
 from flywheel.robot import FloatArray, Image, JointState, Observation
 from flywheel.robot.twin import TwinRobot
 from flywheel.schema import Outcome
@@ -146,33 +148,43 @@ class NotNumbers:
 
 
 class Watched(Attempt):
-    """An attempt of which the world itself is watched."""
+    """An attempt of which the world itself is watched, until the policy's part ends."""
 
     nearest_m = np.inf
     took_target = False
+    strayed = False  # the arm, as it really stands, went elsewhere than its reference
+    ended: tuple[int, float, Outcome] = (-1, np.inf, Outcome.TIMEOUT)  # held, distance, outcome
 
     def run(self, seed: int, target: str | None = None, *, latency_ms: float | None = None) -> AttemptResult:
         """As an attempt."""
-        self.nearest_m, self.took_target = np.inf, False
+        self.nearest_m, self.took_target, self.strayed = np.inf, False, False
         return super().run(seed, target, latency_ms=latency_ms)
 
     def _ended(self) -> bool:
-        cell = self.cell
+        cell, s1 = self.cell, self.lockstep.system1
         self.nearest_m = min(self.nearest_m, float(np.linalg.norm(cell.tip - cell.target_top)))
         self.took_target |= cell.held == cell.target
+        self.strayed |= float(np.abs(cell.q - s1.reference[0]).max()) > TRACKING_ERROR_RAD
         return super()._ended()
 
-    def truth(self, outcome: Outcome, case: Case) -> tuple[FailureMode, Phase]:
-        """How it failed, and where, from the world as it is when the policy's part ends."""
-        held = self.cell.held
-        phase = Phase.GRASP if self.nearest_m < REACH_M else Phase.APPROACH
+    def _outcome(self, ran: LockstepResult) -> Outcome:
+        found = super()._outcome(ran)
+        cell = self.cell
+        self.ended = cell.held, float(np.linalg.norm(cell.tip - cell.target_top)), found
+        return found
+
+    def truth(self) -> tuple[FailureMode, Phase]:
+        """How it failed, and where, from the world as it was when the policy's part ended."""
+        held, distance, outcome = self.ended
+        near = distance if outcome is Outcome.STOPPED else self.nearest_m
+        phase = Phase.GRASP if near < REACH_M else Phase.APPROACH
         phase = Phase.PLACE if self.took_target else phase
-        phase = Phase.CARRY if held >= 0 or (self.took_target and case.name == "vacuum") else phase
+        phase = Phase.CARRY if held >= 0 else phase
         if outcome is Outcome.SUCCESS:
             return FailureMode.NONE, Phase.NONE
         if outcome is Outcome.WRONG_OBJECT:
             return FailureMode.WRONG_OBJECT, Phase.CARRY
-        if case.name == "encoder":
+        if self.strayed:
             return FailureMode.TRACKING, phase
         if outcome is Outcome.STOPPED:
             return FailureMode.SAFETY_STOP, phase
@@ -202,30 +214,28 @@ def labels(full: bool = False) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="flywheel-labels-"))
     begun = time.monotonic()
     try:
-        known, dropped = _known(bundle, root, 48 if full else 10)
+        known, dropped = _known(bundle, root, 40 if full else 5)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     made_s = time.monotonic() - begun
-    taught, judged = known[::2], known[1::2]
-    answers = Answers(
-        answers=tuple(
-            Answer(episode_id=k.episode_id, words=k.truth, by="twin", t_unix_ns=i, evidence=k.evidence)
-            for i, k in enumerate(taught)
-        )
-    )
-    after = learn({k.episode_id: k.evidence for k in judged}, answers)
+    halves = known[::2], known[1::2]
+    judged = [*halves[0], *halves[1]]
+    after: dict[str, Labellers] = {}  # by episode: each half is taught by the answers of the other
+    for mine, others in (halves, halves[::-1]):
+        labellers = learn({k.episode_id: k.evidence for k in mine}, _answers(others))
+        after |= {k.episode_id: labellers for k in mine}
     figures: dict[str, float] = {
         "episodes": len(known),
-        "answered": len(taught),
-        "judged": len(judged),
+        "answered": len(halves[1]),
         "not_counted": dropped,  # an injected fault in a scene that fails without it, or that did no harm
         "seconds": made_s,
     }
     bars: dict[str, Any] = {}
     sure = LabelSettings().min_confidence
-    for when, labellers in (("before", UNTAUGHT), ("after", after)):
+    before_all: dict[str, Labellers] = dict.fromkeys(after, UNTAUGHT)
+    for when, by in (("before", before_all), ("after", after)):
         for aspect in ASPECTS:
-            said = [words_of(k.evidence, labellers)[aspect] for k in judged]
+            said = [words_of(k.evidence, by[k.episode_id])[aspect] for k in judged]
             scored = _score(said, [k.truth[aspect] for k in judged], sure)
             figures |= {f"{aspect}_{when}_{name}": v for name, v in scored.items()}
             for name, op, bar in BARS if when == "after" else ():
@@ -268,14 +278,28 @@ def _score(said: Sequence[Word], truth: Sequence[str], sure: float) -> dict[str,
     }
 
 
-def _by_case(judged: Sequence[Known], labellers: Labellers) -> dict[str, float]:
-    counted = Counter(k.case for k in judged)
-    hit = Counter(
-        k.case for k in judged if words_of(k.evidence, labellers)[Aspect.CAUSE].word == k.truth[Aspect.CAUSE]
+def _answers(known: Sequence[Known]) -> Answers:
+    return Answers(
+        answers=tuple(
+            Answer(episode_id=k.episode_id, words=k.truth, by="twin", t_unix_ns=i, evidence=k.evidence)
+            for i, k in enumerate(known)
+        )
     )
+
+
+def _by_case(judged: Sequence[Known], by: Mapping[str, Labellers]) -> dict[str, float]:
+    counted = Counter(k.case for k in judged)
+    said = {k.episode_id: words_of(k.evidence, by[k.episode_id])[Aspect.CAUSE].word for k in judged}
+    hit = Counter(k.case for k in judged if said[k.episode_id] == k.truth[Aspect.CAUSE])
     return {f"cause_right_{case}": hit[case] / n for case, n in sorted(counted.items())} | {
         f"episodes_{case}": n for case, n in sorted(counted.items())
     }
+
+
+def _whole(directory: Path) -> Path | None:
+    """Of what was recorded of an attempt, the episode that reaches furthest."""
+    found = [p.parent for p in sorted(directory.glob("*/manifest.json"))]
+    return max(found, key=lambda d: episode.read_manifest(d).window_ns[1], default=None)
 
 
 def known_familiar(bundle: Path) -> Familiar:
@@ -295,7 +319,7 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
     dropped = 0
     sound: dict[int, bool] = {}
     for case in CASES:
-        attempt = Watched(bundle, case.shift, record=True)
+        attempt = Watched(bundle, case.shift, record=True, operator_takes_over=True)
         loop = attempt.lockstep
         if case.cause in (Cause.HARDWARE, Cause.SAFETY):
             robot = FaultyRobot(attempt.robot, case.name)
@@ -303,13 +327,13 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
         if case.cause is Cause.INTEGRATION:
             attempt.use(NotNumbers(attempt.policy))
         me = Identity("bench", case.name, "lockstep", EPOCH_NS, __version__, shift=case.shift)
-        settings = RecorderSettings(baseline_fraction=1.0, post_s=0.1, tail_s=0.1, min_interval_s=0.0)
+        settings = RecorderSettings(baseline_fraction=1.0)
         for i in range(seeds):
             seed = FIRST_SEED + i
             directory = root / f"{case.name}-{i}"
             loop.recorder = recorder = Recorder(loop.rings, settings, directory, me, seed=i)
             result = attempt.run(seed, latency_ms=case.latency_ms)
-            mode, phase = attempt.truth(result.outcome, case)
+            mode, phase = attempt.truth()
             recorder.finish(loop.now_ns)
             won = result.outcome is Outcome.SUCCESS
             if case.name == "lab":
@@ -317,8 +341,9 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
             elif case.shift == "lab" and (won or not sound[seed]):
                 dropped += 1
                 continue
-            for path in sorted(directory.glob("*/manifest.json"))[:1]:
-                e = episode.read(path.parent)
+            whole = _whole(directory)
+            if whole is not None:
+                e = episode.read(whole)
                 truth = {
                     Aspect.OUTCOME: result.outcome.value,
                     Aspect.FAILURE_MODE: mode.value,

@@ -29,8 +29,8 @@ def calibration_error(
 
     Naeini, Cooper and Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning";
     equal counts as in Nguyen and O'Connor 2015. ``low`` and ``high`` are the 95 % percentile bootstrap. Few
-    labels show an error even where there is none; ``noise`` is how much (consistency resampling, Bröcker and Smith
-    2007, "Increasing the Reliability of Reliability Diagrams"). Raises ``ValueError`` without a label.
+    labels show an error even where there is none; ``noise`` is how much (consistency resampling, Bröcker and
+    Smith 2007, "Increasing the Reliability of Reliability Diagrams"). Raises ``ValueError`` without a label.
     """
     c, r = np.asarray(confidence, np.float64), np.asarray(right, bool)
     if not len(c) or len(c) != len(r):

@@ -16,6 +16,7 @@ from flywheel.cli import (
     bench,
     campaigns,
     episodes,
+    explain,
     keys,
     labels,
     operate,
@@ -38,6 +39,7 @@ operate.add_to(app)
 bench.add_to(app)
 page.add_to(app)
 stages.add_to(app)
+explain.add_to(app)
 app.add_typer(access.app, name="access")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(episodes.app, name="episodes")

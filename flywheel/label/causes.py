@@ -103,6 +103,8 @@ def no_light(s: Signals) -> Found:
     """Pictures in which nothing can be told apart, dark or blown out."""
     if s.pictures is None or DARK <= s.pictures.brightness <= GLARE:
         return None
+    if s.pictures.novelty is not None and s.pictures.novelty <= FAMILIAR:
+        return None  # a camera that is close to a dark box is used to that
     return Cause.DISTRIBUTION_SHIFT, f"the pictures' mean brightness is {s.pictures.brightness:.2f} of 1"
 
 
