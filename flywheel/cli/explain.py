@@ -221,9 +221,10 @@ def _print_policy(x: Explanation) -> None:
         at = f"{100 * a.focus[0]:.0f} % from the left and {100 * a.focus[1]:.0f} % from the top"
         console.print(
             f"What the actions depended on ({whose}, camera {a.camera}, {x.seconds(a.t_ns):+.2f} s): "
-            f"covering a patch moves the targets by up to {1e3 * a.effects.max():.1f} mm, around {at}; the whole "
-            f"picture {1e3 * a.whole_m:.1f} mm, a state 1 cm off {1e3 * a.state_m:.1f} mm, no instruction "
-            f"{1e3 * a.instruction_m:.1f} mm. (Occlusion: what the actions depended on, not inner attention.)"
+            f"covering a patch moves the targets by up to {1e3 * a.effects.max():.1f} mm, around {at}; "
+            f"the whole picture {1e3 * a.whole_m:.1f} mm, a state 1 cm off {1e3 * a.state_m:.1f} mm, "
+            f"no instruction {1e3 * a.instruction_m:.1f} mm. "
+            "(Occlusion: what the actions depended on, not inner attention.)"
         )
     if x.neighbours is None or x.neighbours.why:
         console.print(f"What it is like is not known: {x.without['neighbours']}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flywheel.edge.policy import Policy
+from flywheel.edge.policy import ActionSource
 from flywheel.episode import Episode, as_array
 from flywheel.errors import BundleError, EpisodeError
 
@@ -71,7 +71,7 @@ class Attention:
         return out.getvalue()
 
 
-def attend(e: Episode, policy: Policy, at_ns: int) -> Attention:
+def attend(e: Episode, policy: ActionSource, at_ns: int) -> Attention:
     """Occlude the policy's first camera in the last frame of its own up to ``at_ns``.
 
     Raises ``EpisodeError`` where there is no such frame, ``BundleError`` where the policy cannot see it.
