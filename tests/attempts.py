@@ -106,9 +106,12 @@ CORRECTED = KINDS[:5]  # those in which an operator can take over
 def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fields: Any) -> Path:
     """Seal an attempt that fails by ``kind`` (or ``success``) in the scene of ``seed``; its directory.
 
-    ``fields`` override the manifest's; ``edit`` is called with the columns of the frames table first.
+    ``fields`` override the manifest's; ``edit`` is called with the columns of the frames table first,
+    ``edit_control`` with those of the control table; ``events`` (t_ns, kind, name) happened besides.
     """
     edit: Callable[[dict[str, Any]], None] = fields.pop("edit", lambda columns: None)
+    edit_control: Callable[[dict[str, Any]], None] = fields.pop("edit_control", lambda columns: None)
+    events: tuple[tuple[int, str, str], ...] = fields.pop("events", ())
     s = scene(seed)
     policy, operator, ended, trigger = _story(kind, s)
     operator = operator if corrected else []
@@ -139,7 +142,7 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
     for name in ("state", "action", "chunk"):
         columns[name] = vectors(np.asarray(columns[name]))
     frames = pa.table(columns, schema=schema.frames_schema(CAMERAS, STATE, CHUNK, ACTION))
-    control = _control(kind, n, switch if operator else n, held_by_tick, suction)
+    control = _control(kind, n, switch if operator else n, held_by_tick, suction, edit_control)
     failed = min(switch, n - 1) * POLICY_NS
     triggers = [Trigger(kind=trigger, t_ns=failed)]
     if operator:
@@ -152,7 +155,8 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
         "triggers": tuple(triggers),
     }
     m = draft(seconds=n / 10, seed=seed, **{**values, **fields})
-    sealed = seal(parent, m, control, frames, events_table((failed, "trigger", trigger.value)))
+    happened = sorted([*events, (failed, "trigger", trigger.value)])
+    sealed = seal(parent, m, control, frames, events_table(*happened))
     return parent / sealed.episode_id
 
 
@@ -199,7 +203,14 @@ def _held(tips: Array, suction: Array, s: Scene) -> tuple[Array, Array]:
     return np.repeat(held, TICKS), held
 
 
-def _control(kind: str, n: int, switch: int, held: Array, suction: Array) -> pa.Table:
+def _control(
+    kind: str,
+    n: int,
+    switch: int,
+    held: Array,
+    suction: Array,
+    edit: Callable[[dict[str, Any]], None],
+) -> pa.Table:
     rows = n * TICKS
     ticks = np.arange(rows)
     q = np.tile(np.linspace(0, 1, rows)[:, None], (1, JOINTS))
@@ -225,6 +236,7 @@ def _control(kind: str, n: int, switch: int, held: Array, suction: Array) -> pa.
         "chunk_age_ns": (ticks % TICKS) * (POLICY_NS // TICKS),
         "limits": limits,
     }
+    edit(columns)
     return pa.table(columns, schema=schema.control_schema(JOINTS))
 
 

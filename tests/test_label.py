@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from flywheel.label.aspects import WORDS, Aspect
 from flywheel.label.signals import intervals
 from flywheel.schema import FRAMES_FILE, Outcome, Trigger, TriggerKind
 from tests.attempts import CORRECTED, KINDS, POLICY_NS, attempt, flip, truncate
+from tests.samples import vectors
 
 SETTINGS = LabelSettings()
 
@@ -81,6 +83,39 @@ def test_two_interventions_are_two_segments() -> None:
     assert intervals(flags, t, 10) == [(10, 30), (40, 50)]
     assert intervals(np.array([True] * 6), t, 10) == [(0, 60)]
     assert intervals(np.zeros(6, bool), t, 10) == []
+
+
+def test_a_joint_that_stands_still_while_it_is_sent_elsewhere_is_hardware(tmp_path: Path) -> None:
+    def edit(control: dict[str, Any]) -> None:
+        q = np.array(control["q"].to_pylist())
+        control["q_ref"] = vectors(q)
+        q[:, 2] = q[0, 2]  # an encoder that always reads the same
+        control["q"] = vectors(q)
+
+    x = labelled(attempt(tmp_path, "missed_grasp", edit_control=edit))
+    assert x.signals.stuck_joint == 2
+    assert x.cause is Cause.HARDWARE
+
+
+def test_chunks_that_were_refused_are_no_latency_although_the_loop_starves(tmp_path: Path) -> None:
+    rejected = tuple((i * POLICY_NS, "policy", "rejected") for i in range(1, 6))
+    triggers = _triggers(TriggerKind.POLICY_LATE, TriggerKind.TASK_TIMEOUT)
+    late = labelled(attempt(tmp_path, "missed_grasp", triggers=triggers))
+    refused = labelled(attempt(tmp_path, "missed_grasp", seed=1, triggers=triggers, events=rejected))
+    assert (late.cause, refused.cause) == (Cause.LATENCY, Cause.INTEGRATION)
+
+
+@pytest.mark.parametrize("kind", ["missed_grasp", "success"])
+def test_a_camera_that_shows_the_same_picture_while_the_tool_moves_is_hardware(
+    tmp_path: Path, kind: str
+) -> None:
+    def freeze(columns: dict[str, Any]) -> None:
+        columns["image.wrist"] = columns["image.wrist"][:1] * len(columns["t_ns"])
+
+    x = labelled(attempt(tmp_path, kind, edit=freeze))
+    assert x.signals.pictures is not None
+    assert x.signals.pictures.frozen == "wrist"
+    assert any(v.function == "frozen_camera" and v.word == Cause.HARDWARE for v in x.votes)
 
 
 def test_contradicting_evidence_asks_for_a_person(tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from flywheel.cli import app
 from flywheel.config import LabelSettings
 from flywheel.errors import StageError
-from flywheel.label import Answer, Answers, Aspect, Questions, label
+from flywheel.label import Answer, Answers, Aspect, Question, Questions, label
 from flywheel.label import answers as saying
-from flywheel.label.answers import Evidence
+from flywheel.label.answers import Evidence, Said
 from flywheel.label.choosing import choose
 from flywheel.schema import Outcome, Trigger, TriggerKind
 from tests.attempts import POLICY_NS, attempt
@@ -60,6 +64,43 @@ def test_two_people_who_answer_at_the_same_instant_are_both_kept() -> None:
     for by, word in (("ann", "latency"), ("bob", "hardware"), ("ann", "latency")):
         saying.answer(store, ID.format(1), {CAUSE: word}, by, 7, evidence=EVIDENCE)
     assert sorted(a.by for a in saying.collect(store).answers) == ["ann", "bob"]
+
+
+def test_the_terminal_asks_takes_answers_and_shows_who_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BucketStore()
+    monkeypatch.setattr("flywheel.services.environment.store", lambda: store)
+    labels = {MODE: Said(word="dropped", confidence=0.4), CAUSE: Said(word="hardware", confidence=0.3)}
+    question = Question(
+        episode_id=ID.format(1),
+        site="local",
+        robot="r1",
+        prefix="episodes/x/",
+        task="pick",
+        why="unsure",
+        worth=1.5,
+        cluster="dropped-place-01",
+        cluster_size=3,
+        labels=labels,
+        cause_why="the vacuum broke",
+        evidence=EVIDENCE,
+    )
+    saying.ask(store, "turn-a", Questions(budget=1, unsure=1, questions=(question,)))
+
+    def run(*args: str) -> Any:
+        return CliRunner().invoke(app, ["label", *args])
+
+    assert [q["episode"] for q in json.loads(run("queue", "--json").output)] == [ID.format(1)]
+    first = run("answer", ID.format(1), "--mode", "dropped", "--cause", "hardware", "--by", "ann")
+    assert first.exit_code == 0, first.output
+    assert json.loads(run("queue", "--json").output) == []
+    second = run("answer", ID.format(1), "--cause", "safety", "--by", "bob", "--json")
+    assert json.loads(second.output)["conflicts"] == {"cause": {"ann": "hardware", "bob": "safety"}}
+    listed = json.loads(run("answers", "--json").output)
+    assert [(a["by"], a["disputed"]) for a in listed] == [("ann", "cause"), ("bob", "cause")]
+    assert isinstance(run("answer", ID.format(1), "--by", "ann").exception, StageError)
+    assert isinstance(run().exception, StageError), "the stage without its options"
+    assert "dropped-place" not in saying.shown(question, "turn-a")
+    assert "flywheel explain" in saying.shown(question, "turn-a")
 
 
 def unsure_inbox(root: Path, n: int) -> Path:

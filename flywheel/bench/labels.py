@@ -173,13 +173,14 @@ class Watched(Attempt):
         self.ended = cell.held, float(np.linalg.norm(cell.tip - cell.target_top)), found
         return found
 
-    def truth(self) -> tuple[FailureMode, Phase]:
+    def truth(self, case: Case) -> tuple[FailureMode, Phase]:
         """How it failed, and where, from the world as it was when the policy's part ended."""
         held, distance, outcome = self.ended
         near = distance if outcome is Outcome.STOPPED else self.nearest_m
         phase = Phase.GRASP if near < REACH_M else Phase.APPROACH
         phase = Phase.PLACE if self.took_target else phase
-        phase = Phase.CARRY if held >= 0 else phase
+        broke = case.name == "vacuum" and self.took_target  # it was lost, not put down
+        phase = Phase.CARRY if held >= 0 or broke else phase
         if outcome is Outcome.SUCCESS:
             return FailureMode.NONE, Phase.NONE
         if outcome is Outcome.WRONG_OBJECT:
@@ -333,7 +334,7 @@ def _known(bundle: Path, root: Path, seeds: int) -> tuple[list[Known], int]:
             directory = root / f"{case.name}-{i}"
             loop.recorder = recorder = Recorder(loop.rings, settings, directory, me, seed=i)
             result = attempt.run(seed, latency_ms=case.latency_ms)
-            mode, phase = attempt.truth()
+            mode, phase = attempt.truth(case)
             recorder.finish(loop.now_ns)
             won = result.outcome is Outcome.SUCCESS
             if case.name == "lab":

@@ -13,6 +13,7 @@ from flywheel.label.signals import TRACKING_ERROR_RAD, Signals
 from flywheel.schema import Limit, Outcome, TriggerKind
 
 STALE_SHARE = 0.2
+REFUSED_CHUNKS = 3  # so many in one attempt are no accident; a loop that starves of them is not late
 LATE_NS = 1_000_000  # a tick of the 1 kHz loop
 OLD_CHUNK_PERIODS = 3.0  # of System 2: one that comes in time is replaced after one
 NOVEL = 0.99  # of the training views lie nearer to their neighbours than what was seen
@@ -32,6 +33,8 @@ def unfit_chunk(s: Signals) -> Found:
     """The policy's output was not fit to be followed: units, shapes or a broken graph."""
     if s.not_finite:
         return Cause.INTEGRATION, "a chunk with NaN or infinity was refused"
+    if s.refused_chunks >= REFUSED_CHUNKS:
+        return Cause.INTEGRATION, f"{s.refused_chunks} of the policy's chunks were not fit to be followed"
     if TriggerKind.POLICY_INVALID in s.kinds:
         return Cause.INTEGRATION, "the policy made chunks that were not fit to be followed"
     return None
@@ -47,21 +50,21 @@ def protective_stop(s: Signals) -> Found:
 
 def stale_chunks(s: Signals) -> Found:
     """System 1 had to do without fresh chunks for long."""
-    if s.stale_share > STALE_SHARE:
+    if s.stale_share > STALE_SHARE and s.refused_chunks < REFUSED_CHUNKS:
         return Cause.LATENCY, f"{s.stale_share:.0%} of the ticks had no fresh chunk"
     return None
 
 
 def ran_out(s: Signals) -> Found:
     """The robot noticed itself that the policy was late."""
-    late = TriggerKind.POLICY_LATE in s.kinds
+    late = TriggerKind.POLICY_LATE in s.kinds and s.refused_chunks < REFUSED_CHUNKS
     return (Cause.LATENCY, "the control loop ran out of fresh chunks") if late else None
 
 
 def old_chunks(s: Signals) -> Found:
     """Chunks that were followed long after the picture that they were made of."""
     periods = s.chunk_age_p99_ns * s.manifest.policy_hz / 1e9
-    if periods > OLD_CHUNK_PERIODS:
+    if periods > OLD_CHUNK_PERIODS and s.refused_chunks < REFUSED_CHUNKS:
         return Cause.LATENCY, f"chunks were followed up to {s.chunk_age_p99_ns / 1e6:.0f} ms old (p99)"
     return None
 

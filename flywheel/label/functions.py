@@ -15,7 +15,7 @@ from enum import StrEnum
 from flywheel.label.aspects import Aspect, FailureMode, Intervention, Phase
 from flywheel.label.causes import CAUSES
 from flywheel.label.signals import Signals
-from flywheel.schema import Limit, Outcome, TriggerKind
+from flywheel.schema import Outcome, TriggerKind
 
 NEAR_M = 0.04  # a tool that came this near to the object was at it (a box is 4 to 5 cm wide)
 
@@ -102,7 +102,7 @@ def emptied(s: Signals) -> Outcome | None:
 
 def outcome(s: Signals) -> FailureMode | None:
     """What the cell says of how the attempt ended. It cannot tell what a stop was for."""
-    return None if s.stop_limits & Limit.TRACKING_ERROR else _OUTCOME.get(s.manifest.outcome)
+    return None if s.stopped and s.astray else _OUTCOME.get(s.manifest.outcome)
 
 
 def trigger(s: Signals) -> FailureMode | None:
@@ -113,21 +113,21 @@ def trigger(s: Signals) -> FailureMode | None:
     if TriggerKind.OPERATOR_FAILURE in s.kinds and s.manifest.outcome is Outcome.SUCCESS:
         return FailureMode.UNKNOWN
     named = [_TRIGGER[k] for k in s.kinds if k in _TRIGGER]
-    if named and named[0] is FailureMode.SAFETY_STOP and s.stop_limits & Limit.TRACKING_ERROR:
+    if named and named[0] is FailureMode.SAFETY_STOP and s.astray:
         return FailureMode.TRACKING
     return named[0] if named else None
 
 
 def stop(s: Signals) -> FailureMode | None:
-    """A stop in the control rows. One that a tracking error caused is a tracking failure."""
+    """A stop in the control rows. One of an arm that did not go where it was sent is a tracking failure."""
     if not s.stopped:
         return None
-    return FailureMode.TRACKING if s.stop_limits & Limit.TRACKING_ERROR else FailureMode.SAFETY_STOP
+    return FailureMode.TRACKING if s.astray else FailureMode.SAFETY_STOP
 
 
 def tracking(s: Signals) -> FailureMode | None:
-    """The arm did not follow its reference for longer than a jolt lasts."""
-    return FailureMode.TRACKING if s.error_lasted else None
+    """The arm did not follow its reference for longer than a jolt lasts, or a joint did not move at all."""
+    return FailureMode.TRACKING if s.error_lasted or s.stuck_joint is not None else None
 
 
 def vacuum(s: Signals) -> FailureMode | None:

@@ -18,6 +18,7 @@ TRACKING_ERROR_RAD = 0.15
 STUCK_NS = 200_000_000  # an encoder's reading that stays the same for so long ...
 STUCK_MOVED_RAD = 0.05  # ... while its reference goes this far
 STALE_MODES = (Mode.CARRY_ON, Mode.RAMP, Mode.HOLD, Mode.FALLBACK)
+REFUSED = ("policy", "rejected")  # System 2's event
 WHOLE_STOP = (Mode.STOP_1, Mode.STOP_0)
 
 Floats = NDArray[np.float64]
@@ -49,6 +50,7 @@ class Signals:
     stale_share: float  # share of ticks without a fresh chunk
     late_p99_ns: float
     chunk_age_p99_ns: float
+    refused_chunks: int  # of the policy, that were not fit to be followed
     stuck_joint: int | None  # whose encoder stood still while its reference moved
     frames_without_chunk: bool  # somebody else than the policy was in control
     segments: tuple[tuple[Phase, int, int], ...]  # the whole episode by phase, [start_ns, end_ns)
@@ -58,6 +60,11 @@ class Signals:
     def kinds(self) -> tuple[TriggerKind, ...]:
         """What fired, in the order of time."""
         return tuple(x.kind for x in sorted(self.manifest.triggers, key=lambda x: x.t_ns))
+
+    @property
+    def astray(self) -> bool:
+        """Whether the arm did not go where it was sent: a limit acted for it, or a joint stood still."""
+        return bool(self.stop_limits & Limit.TRACKING_ERROR) or self.stuck_joint is not None
 
     @property
     def phase(self) -> Phase:
@@ -87,6 +94,9 @@ class Signals:
             "put_down": float(self.operator_put_down),
             "carried_on": float(self.operator_carried_on),
             "stopped": float(self.stopped),
+            "stuck": float(self.stuck_joint is not None),
+            "refused_log": float(np.log1p(self.refused_chunks)),
+            "frozen": float(self.pictures is not None and bool(self.pictures.frozen)),
             "error_rad": min(self.error_rad, 3.2),
             "stale_share": self.stale_share,
             "late_log_ns": float(np.log1p(max(self.late_p99_ns, 0.0))),
@@ -155,11 +165,19 @@ def signals(e: Episode, familiar: Familiar | None = None) -> Signals:
         stale_share=float(np.isin(mode[mine], STALE_MODES).mean()),
         late_p99_ns=float(np.quantile(as_array(e.control, "late_ns")[mine], 0.99)),
         chunk_age_p99_ns=float(np.quantile(as_array(e.control, "chunk_age_ns")[mine], 0.99)),
+        refused_chunks=_refused(e, handover),
         stuck_joint=_stuck(q[mine], q_ref[mine], max(2, round(STUCK_NS * m.control_hz / 1e9))),
         frames_without_chunk=bool((~as_array(e.frames, "chunk").any(axis=1)).any()),
         segments=_segments(held, suction, t, taken_over, round(1e9 / m.control_hz)),
         pictures=look(e, int(failed), familiar),
     )
+
+
+def _refused(e: Episode, until_ns: int) -> int:
+    """Chunks that System 2 threw away before the operator took over."""
+    mine = as_array(e.events, "t_ns") < until_ns
+    names = zip(e.events.column("kind").to_pylist(), e.events.column("name").to_pylist(), strict=True)
+    return sum(m and said == REFUSED for m, said in zip(mine.tolist(), names, strict=True))
 
 
 def _stuck(q: NDArray[np.float32], q_ref: NDArray[np.float32], rows: int) -> int | None:
