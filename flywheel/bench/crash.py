@@ -211,7 +211,7 @@ def upload(rig: Rig, store: Store) -> None:
     while True:
         now = time.monotonic_ns()
         result = spool.upload_once(now)
-        # What the store refuses (it keeps other bytes under that name) waits for a person, not for the uploader.
+        # What the store refuses (it keeps other bytes under that name) waits for a person.
         refused = result.retry_ns is not None and result.retry_ns - now > REFUSED_NS
         if rig.words[_END] > 1 and (not result.waiting or refused):
             return
