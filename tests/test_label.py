@@ -87,7 +87,7 @@ def test_two_interventions_are_two_segments() -> None:
 
 def test_a_joint_that_stands_still_while_it_is_sent_elsewhere_is_hardware(tmp_path: Path) -> None:
     def edit(control: dict[str, Any]) -> None:
-        q = np.array(control["q"].to_pylist())
+        q = 3.0 * np.array(control["q"].to_pylist())  # as fast as an arm moves
         control["q_ref"] = vectors(q)
         q[:, 2] = q[0, 2]  # an encoder that always reads the same
         control["q"] = vectors(q)
