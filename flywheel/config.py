@@ -102,6 +102,45 @@ class RecorderSettings(Section):
         return self.metered_priority if self.metered else None
 
 
+class CheckSettings(Section):
+    """What passes for a true recording; beyond it an episode is quarantined (``flywheel.curate.checks``).
+
+    The worst of 225 sound episodes of the twin is given where there is one.
+    """
+
+    limits: tuple[str, ...] = ("flywheel/twin/limits.yaml",)  # of the robots that record; none: not checked
+    joint_slack_rad: Fraction = 0.05  # beyond the soft limits
+    window_s: Positive = 0.05  # over which velocities are integrated
+    max_drift_rad: Positive = 0.05  # of a joint from its integrated velocity within a window; 0.0006 is seen
+    max_unit_ratio: Annotated[float, Field(gt=1)] = 1.5  # between the two; 1.003 is seen
+    min_motion_rad: Positive = 0.2  # less of it shows nothing
+    frozen_s: Positive = 0.1  # one value to the last bit while the joint is told to move
+    frozen_motion_rad: Positive = 0.02
+    saturated_s: Positive = 0.2  # cut off at one value, in all
+    pose_dims: Annotated[int, Field(ge=0)] = 3  # so many numbers of state and action are the same quantities
+    min_pose_per_rad: Positive = 0.02  # path of the state over path of the joints; 0.23 to 0.31 is seen
+    max_pose_per_rad: Positive = 5.0
+    min_speed_variation: Fraction = 0.3  # deviation over mean; steadier speeds have nothing to correlate
+    min_state_joint_correlation: Fraction = 0.6  # of their speeds; 0.93 is seen
+    min_action_r2: Fraction = 0.7  # of a person's targets; 0.98 is seen
+    min_policy_action_r2: Fraction = 0.1  # of a policy's; 0.31 is seen of one that fails
+    max_action_error: Positive = 0.12  # of one step, m or rad; 0.04 is seen
+    success_lets_go: bool = True  # a success held something and let go of it when told to
+    black_level: Annotated[float, Field(ge=0, le=255)] = 12.0  # 17 is seen in dim light
+    white_level: Annotated[float, Field(ge=0, le=255)] = 243.0
+    min_contrast: Annotated[float, Field(ge=0)] = 4.0  # of 255; 6.5 is seen
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.05  # Laplacian over picture; 0.87 is seen
+    bad_images: Annotated[int, Field(ge=0)] = 1  # so many of an episode may be black, white or blurred
+    stuck_images: Annotated[int, Field(ge=2)] = 3
+    stuck_motion_rad: Positive = 0.02
+    min_image_motion_correlation: Fraction = 0.4  # 0.77 is seen
+    repeat_rad: Positive = 0.008  # rms of the joints about the grasp; closer, and alike to look at: a repeat
+    repeat_look: Positive = 0.25  # rms of thumbnails of mean 0 and deviation 1
+    misplaced_m: Positive = 0.1  # from where the other successes let go, where these agree
+    # of 7 others that grasped what looks most alike: so many of one other instruction (0: not looked at)
+    neighbours_agree: Annotated[int, Field(ge=0, le=7)] = 6
+
+
 class CurateSettings(Section):
     """Which episodes become training data."""
 
@@ -110,6 +149,7 @@ class CurateSettings(Section):
     duplicate_distance: Annotated[float, Field(ge=0)] = 0.02  # closer ones are one; normalised trajectory
     keep_success: bool = False  # fill the budget up with episodes in which nothing failed
     cameras: Annotated[tuple[str, ...], Field(min_length=1)] = ("wrist",)  # what the policy sees
+    checks: CheckSettings = CheckSettings()
 
 
 class LabelSettings(Section):

@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 
 from flywheel import episode
 from flywheel.config import CurateSettings
+from flywheel.curate.checks import Found, Signals, check_signals
+from flywheel.curate.pictures import check_pictures, check_stuck, decoded, thumbnails
+from flywheel.curate.repeats import Fingerprint
+from flywheel.episode import Episode
 from flywheel.errors import EpisodeError
 from flywheel.schema import FRAMES_FILE, Manifest, Outcome, sha256_bytes
 
-MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
-MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
-MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
 DESCRIPTOR_STEPS = 16
 DESCRIPTOR_IMAGES = 3
-THUMBNAIL_PX = 8
-
-SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
 
 Vector = NDArray[np.float64]
 
@@ -41,6 +39,7 @@ class Candidate:
     tier: int = 0  # corrections before successes
     path: Vector = field(default_factory=lambda: np.empty(0))  # state along the usable rows
     look: Vector = field(default_factory=lambda: np.empty(0))  # thumbnails along the usable rows
+    mark: Fingerprint | None = None  # what it is known by among all the others
     shape: tuple[Any, ...] = ()
     content_sha256: str = ""
     taken: bool = False
@@ -74,37 +73,43 @@ class Candidate:
 def examine(directory: Path, settings: CurateSettings) -> Candidate:
     """Read one episode and say what of it could be used. Never raises for what the directory holds."""
     c = Candidate(directory)
-    problems = episode.verify(directory)
+    problems, found = episode.inspect(directory)
     fatal = [p for p in problems if p.fatal]
     try:
-        c.manifest = episode.read_manifest(directory)
+        c.manifest = found.manifest if found else episode.read_manifest(directory)
         listed = "".join(f"{f.name} {f.sha256}\n" for f in c.manifest.files)
         c.content_sha256 = "" if fatal else sha256_bytes(listed.encode())
     except EpisodeError:
         pass  # verify has said so
-    if fatal or c.manifest is None:
+    if found is None or c.manifest is None:
         why = "; ".join(str(p) for p in fatal[:5])
         c.decide(False, f"quarantine:{fatal[0].reason.value if fatal else 'bad_manifest'}", why)
         return c
     try:
-        _examine_frames(c, c.manifest, settings)
+        _examine(c, found, settings)
     except (EpisodeError, pa.ArrowException, OSError, ValueError) as e:
         c.decide(False, "quarantine:image", f"{FRAMES_FILE}: {e}")
     return c
 
 
-def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None:
+def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
+    m, table = e.manifest, e.frames
+    c.frames = table.num_rows
+    s = Signals.of(e)
+    faults = check_signals(e, s, settings.checks)
+    for camera in settings.cameras:
+        if camera in m.cameras and not faults:
+            faults += check_stuck(table, camera, s.frame_q, settings.checks)
+    if _quarantined(c, faults):
+        return
     if missing := [x for x in settings.cameras if x not in m.cameras]:
         c.decide(False, "no_camera", f"has cameras {m.cameras}, the policy needs {missing[0]!r}")
         return
-    table = read_frames(c.directory, m, settings.cameras)
-    c.frames = table.num_rows
     reason, why, tier = _usable(m, settings)
     if reason:
         c.decide(False, reason, why)
         return
-    mine = episode.as_array(table, "intervention").astype(bool) == (tier == 0)
-    found = stretches(table, mine, m.policy_hz)
+    found = stretches(table, s.operator == (tier == 0), m.policy_hz)
     c.tier = tier
     c.stretches = tuple((a, b) for a, b in found if b - a >= settings.min_frames)
     if not c.stretches:
@@ -115,10 +120,21 @@ def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None
         return
     rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
     images = {x: decoded(table, x, rows) for x in settings.cameras}
-    state = episode.as_array(table, "state").astype(np.float64)
-    c.path = _resampled(state[rows], DESCRIPTOR_STEPS)
-    c.look = np.stack([thumbnail(i) for i in _resampled(images[settings.cameras[0]], DESCRIPTOR_IMAGES)])
+    motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
+    faults = [f for x, i in images.items() for f in check_pictures(i, x, motion, settings.checks)]
+    if _quarantined(c, faults):
+        return
+    c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
+    seen = images[settings.cameras[0]]
+    c.look = thumbnails(_resampled(seen, DESCRIPTOR_IMAGES))
     c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
+    c.mark = Fingerprint.of(s, rows, seen, settings.checks)
+
+
+def _quarantined(c: Candidate, faults: Sequence[Found]) -> bool:
+    if faults:
+        c.decide(False, f"quarantine:{faults[0].fault.value}", "; ".join(str(f) for f in faults[:5]))
+    return bool(faults)
 
 
 def _usable(m: Manifest, settings: CurateSettings) -> tuple[str, str, int]:
@@ -154,37 +170,6 @@ def read_frames(directory: Path, m: Manifest, cameras: Sequence[str]) -> pa.Tabl
         raise EpisodeError(f"{directory / FRAMES_FILE}: changed while it was read; pull the episode again")
     columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
     return pq.read_table(pa.BufferReader(data), columns=columns)
-
-
-def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
-    import simplejpeg
-
-    column = frames.column(f"image.{camera}")
-    images: list[NDArray[np.uint8]] = []
-    for row in rows.tolist():
-        data = column[row].as_py()
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            if not 0 < max(height, width) <= MAX_SIDE_PX:
-                raise ValueError(f"claims {height}×{width} px")
-            if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
-                raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
-            if data.count(SCAN) > MAX_SCANS:
-                raise ValueError(f"is drawn in {data.count(SCAN)} scans")
-            if images and (height, width) != images[0].shape[:2]:
-                raise ValueError(f"is {height}×{width} px, unlike the first one")
-            images.append(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-        except ValueError as e:
-            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
-    return np.stack(images)
-
-
-def thumbnail(image: NDArray[Any]) -> Vector:
-    """Grey ``[8, 8]`` in 0..1 of an image ``[H, W, 3]`` by averaging blocks."""
-    grey = np.asarray(image, dtype=np.float64).mean(axis=2) / 255.0
-    rows = np.array_split(grey, THUMBNAIL_PX, axis=0)
-    return np.array([[b.mean() for b in np.array_split(r, THUMBNAIL_PX, axis=1)] for r in rows])
 
 
 def _resampled(values: NDArray[Any], steps: int) -> NDArray[Any]:

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from flywheel import episode
 from flywheel.config import CurateSettings
-from flywheel.curate.examine import Candidate, decoded, examine, read_frames
+from flywheel.curate.examine import Candidate, examine, read_frames
+from flywheel.curate.pictures import decoded
+from flywheel.curate.repeats import check_together
 from flywheel.curate.select import identity, select
 from flywheel.dataset import Clip, dataset_digest, write_dataset
 from flywheel.errors import EpisodeError, StageError
@@ -86,6 +88,7 @@ def curate(
     for i, directory in enumerate(directories):
         candidates.append(examine(directory, settings))
         tell("examine", i + 1, len(directories))
+    check_together(candidates, settings.checks)
     select(candidates, settings)
     taken = sorted((c for c in candidates if c.taken), key=lambda c: c.episode_id)
     index = 0

@@ -12,6 +12,7 @@ import pyarrow as pa
 from flywheel import schema
 from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, no_plain_file, open_parquet, too_large
 from flywheel.episode.sealing import (
+    Episode,
     UnknownVersion,
     as_array,
     bad_images,
@@ -72,33 +73,44 @@ def verify(directory: Path) -> list[Problem]:
 
     Bad input never raises: a missing, truncated, corrupt, forged or malformed file is a ``Problem``.
     """
+    return inspect(directory)[0]
+
+
+def inspect(directory: Path) -> tuple[list[Problem], Episode | None]:
+    """``verify``, and the episode that was read for it; None where a problem is fatal."""
     path = directory / schema.MANIFEST_FILE
     if directory.is_symlink():
-        return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")]
+        return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")], None
     if not path.exists(follow_symlinks=False):
-        return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")]
+        return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")], None
     if (why := no_plain_file(path)) is not None:
-        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)]
+        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)], None
     try:
         manifest = read_manifest(directory)
     except EpisodeError as e:
         reason = Reason.UNKNOWN_VERSION if isinstance(e, UnknownVersion) else Reason.BAD_MANIFEST
-        return [Problem(reason, schema.MANIFEST_FILE, str(e).removeprefix(f"{path}: "))]
+        return [Problem(reason, schema.MANIFEST_FILE, str(e).removeprefix(f"{path}: "))], None
     known = {schema.MANIFEST_FILE, *schema.EPISODE_FILES}
     problems = [
         Problem(Reason.EXTRA_FILE, name, "not part of an episode; remove it")
         for name in sorted(p.name for p in directory.iterdir())
         if name not in known
     ]
+    tables: dict[str, pa.Table] = {}
     for entry in manifest.files:
-        problems += _verify_file(directory / entry.name, entry, manifest)
+        problems += _verify_file(directory / entry.name, entry, manifest, tables)
     if n := manifest.drops:
         text = f"{n} rows were lost while recording"
         problems.append(Problem(Reason.DROPS, schema.MANIFEST_FILE, text, fatal=False))
-    return sorted(problems, key=lambda p: not p.fatal)
+    problems.sort(key=lambda p: not p.fatal)
+    if problems and problems[0].fatal:
+        return problems, None
+    return problems, Episode(manifest, *(tables[n] for n in schema.EPISODE_FILES))
 
 
-def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Problem]:
+def _verify_file(
+    path: Path, entry: FileEntry, manifest: Manifest, tables: dict[str, pa.Table]
+) -> list[Problem]:
     name = entry.name
     try:
         # Before anything is opened: a pipe would wait for ever, a device never end.
@@ -134,6 +146,7 @@ def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Probl
         return [*problems, Problem(Reason.SCHEMA, name, str(e).removeprefix(f"{name}: "))]
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
+    tables[name] = table
     return problems + _verify_values(name, table, manifest)
 
 

@@ -1,0 +1,141 @@
+"""The pictures of one episode: decoded within bounds, and checked for a camera that does not see.
+
+* black, white: mean brightness and contrast of each picture;
+* blurred: variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield
+  microscopy: a comparative study", ICPR, LAPV), divided by the picture's own variance so that dim light is no
+  blur;
+* stuck: the same bytes again although the arm moved in between;
+* of another episode: what changes from picture to picture, changes when the arm moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from flywheel.config import CheckSettings
+from flywheel.curate.checks import STEPS_MIN, Fault, Floats, Found, correlation, variation
+from flywheel.errors import EpisodeError
+
+MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
+MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
+MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
+THUMBNAIL_PX = 8
+SHARP_PX = 64
+SHARP_SAMPLES = 24  # pictures of an episode that are looked at for blur
+
+SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
+
+
+def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
+    import simplejpeg
+
+    column = frames.column(f"image.{camera}")
+    images: NDArray[np.uint8] | None = None
+    for k, row in enumerate(rows.tolist()):
+        data = column[row].as_py()
+        try:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            if not 0 < max(height, width) <= MAX_SIDE_PX:
+                raise ValueError(f"claims {height}×{width} px")
+            if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
+                raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
+            if data.count(SCAN) > MAX_SCANS:
+                raise ValueError(f"is drawn in {data.count(SCAN)} scans")
+            if images is not None and (height, width) != images.shape[1:3]:
+                raise ValueError(f"is {height}×{width} px, unlike the first one")
+            if images is None:
+                images = np.empty((len(rows), height, width, 3), np.uint8)
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=images[k])
+        except ValueError as e:
+            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
+    return np.empty((0, 0, 0, 3), np.uint8) if images is None else images
+
+
+def thumbnails(images: NDArray[Any]) -> Floats:
+    """Grey ``[N, 8, 8]`` in 0..1 of images ``[N, H, W, 3]`` by averaging blocks."""
+    grey = np.asarray(images, dtype=np.float64).mean(axis=3) / 255.0
+    for axis in (1, 2):
+        size = grey.shape[axis]
+        edges = [len(part) for part in np.array_split(np.arange(size), THUMBNAIL_PX)]
+        starts = np.concatenate([[0], np.cumsum(edges)[:-1]])
+        lengths = np.array(edges, np.float64)
+        sums = np.add.reduceat(grey, starts, axis=axis)
+        grey = sums / (lengths[:, None] if axis == 1 else lengths)
+    return grey
+
+
+def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
+    """The same picture, to the last byte, at ``stuck_images`` or more different places of the arm."""
+    column = frames.column(f"image.{camera}").combine_chunks()
+    code = np.asarray(column.dictionary_encode().indices)
+    order = np.argsort(code, kind="stable")
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    count = np.diff(np.append(starts, len(code)))
+    if not len(code) or count.max() < settings.stuck_images:
+        return []
+    sorted_q = frame_q[order]
+    high = np.maximum.reduceat(sorted_q, starts, axis=0)
+    spread = (high - np.minimum.reduceat(sorted_q, starts, axis=0)).max(axis=1)
+    stuck = (count >= settings.stuck_images) & (spread > settings.stuck_motion_rad)
+    if not stuck.any():
+        return []
+    k = int(np.argmax(np.where(stuck, count, 0)))
+    row = int(order[starts[k]])
+    text = f"image.{camera} of row {row} comes {count[k]} times while a joint goes {spread[k]:.3f} rad"
+    return [Found(Fault.STUCK_IMAGE, text)]
+
+
+def check_pictures(
+    images: NDArray[np.uint8], camera: str, motion: Floats, settings: CheckSettings
+) -> list[Found]:
+    """Images ``[N, H, W, 3]`` of one camera; ``motion [N-1]`` is how far the joints went in between, rad."""
+    small = _grey(images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)])
+    mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
+    for fault, bad, text in (
+        (Fault.BLACK_IMAGE, (mean < settings.black_level) & (contrast < settings.min_contrast), "dark"),
+        (Fault.WHITE_IMAGE, (mean > settings.white_level) & (contrast < settings.min_contrast), "bright"),
+    ):
+        if int(bad.sum()) > settings.bad_images:
+            row = int(np.argmax(bad))
+            return [
+                Found(
+                    fault,
+                    f"{int(bad.sum())} of {len(images)} pictures of {camera} are evenly {text} (the first of"
+                    f" them: mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})",
+                )
+            ]
+    some = np.unique(np.linspace(0, len(images) - 1, SHARP_SAMPLES).round().astype(int))
+    sharp = sharpness(images[some])
+    if (blurred := int((sharp < settings.min_sharpness).sum())) > settings.bad_images:
+        text = f"{blurred} of {len(some)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
+        return [Found(Fault.BLURRED_IMAGE, text)]
+    enough = len(motion) >= STEPS_MIN and motion.sum() > settings.min_motion_rad
+    if enough and variation(motion) > settings.min_speed_variation:
+        change = np.abs(np.diff(thumbnails(images), axis=0)).mean(axis=(1, 2))
+        fit = correlation(change, motion)
+        if fit < settings.min_image_motion_correlation:
+            text = f"the pictures of {camera} change at other times than the arm moves: correlation {fit:.2f}"
+            return [Found(Fault.IMAGE_MOTION, text)]
+    return []
+
+
+def sharpness(images: NDArray[np.uint8]) -> Floats:
+    """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture.
+
+    Taken at 64 to 127 px (blocks are averaged), so that it does not depend on how many pixels a camera has.
+    """
+    k = max(1, min(images.shape[1:3]) // SHARP_PX)
+    n, h, w = len(images), images.shape[1] // k, images.shape[2] // k
+    g = _grey(images[:, : h * k, : w * k]).reshape(n, h, k, w, k).mean(axis=(2, 4))
+    around = g[:, :-2, 1:-1] + g[:, 2:, 1:-1] + g[:, 1:-1, :-2] + g[:, 1:-1, 2:]
+    lap = around - 4 * g[:, 1:-1, 1:-1]
+    return np.asarray(lap.var(axis=(1, 2)) / np.maximum(g.var(axis=(1, 2)), 1.0), np.float64)
+
+
+def _grey(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.asarray(images.mean(axis=3, dtype=np.float32))
