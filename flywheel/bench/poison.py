@@ -165,10 +165,12 @@ def _cut(d: Draft, start: int, end: int) -> None:
     d.frames = {n: v[start:end] for n, v in d.frames.items()}
     d.control["t_ns"] = d.control["t_ns"] - low
     d.frames["t_ns"] = d.frames["t_ns"] - low
-    d.events = [{**r, "t_ns": min(max(r["t_ns"] - low, 0), high - low)} for r in d.events if r["t_ns"] >= low]
-    kept = tuple(
-        x.model_copy(update={"t_ns": min(max(x.t_ns - low, 0), high - low)}) for x in d.manifest.triggers
-    )
+
+    def shifted(t_ns: int) -> int:
+        return min(max(t_ns - low, 0), high - low)
+
+    d.events = [{**r, "t_ns": shifted(r["t_ns"])} for r in d.events if r["t_ns"] >= low]
+    kept = tuple(x.model_copy(update={"t_ns": shifted(x.t_ns)}) for x in d.manifest.triggers)
     d.manifest = d.manifest.model_copy(update={"window_ns": (0, high - low), "triggers": kept})
 
 

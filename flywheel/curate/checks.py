@@ -35,10 +35,11 @@ from flywheel.edge.safety import SafetyLimits
 from flywheel.episode import Episode, as_array, count_gaps
 from flywheel.episode.sealing import GAP_PERIODS
 from flywheel.errors import ConfigError
-from flywheel.schema import Manifest, Mode, Outcome, TriggerKind
+from flywheel.schema import Limit, Manifest, Mode, Outcome, TriggerKind
 
 Floats = NDArray[np.float64]
 DEGREES = 180.0 / np.pi
+SATURATED_RUN_S = 0.01  # shorter runs of one value are chance
 STEPS_MIN = 8  # of one phase, to say how actions explain states
 
 
@@ -90,11 +91,10 @@ class Signals:
     q_ref: Floats  # [N, J] rad
     tau: Floats  # [N, J] N·m
     mode: NDArray[np.uint8]  # [N]
+    torque_cut: NDArray[np.bool_]  # [N] System 1 says that a torque was brought down to its limit
     tool: Floats  # [N] command, 0..1
     held: NDArray[np.bool_]  # [N]
-    anchor_ns: NDArray[
-        np.int64
-    ]  # [N] capture time behind the chunk in force; meaningless where there is none
+    anchor_ns: NDArray[np.int64]  # [N] capture time behind the chunk in force, where there is one
     chunk_id: NDArray[np.int64]  # [N] -1 where there is none
     frame_ns: NDArray[np.int64]  # [F]
     tick: NDArray[np.int64]  # [F] the control row of each frame
@@ -107,14 +107,19 @@ class Signals:
         """From the tables of a verified episode."""
         c, f = e.control, e.frames
         t, frame = as_array(c, "t_ns"), as_array(f, "t_ns")
+
+        def joints(name: str) -> Floats:  # each joint's values side by side, as they are used
+            return np.asarray(as_array(c, name), np.float64, order="F")
+
         return cls(
             manifest=e.manifest,
             t_ns=t,
-            q=as_array(c, "q").astype(np.float64),
-            dq=as_array(c, "dq").astype(np.float64),
-            q_ref=as_array(c, "q_ref").astype(np.float64),
-            tau=as_array(c, "tau").astype(np.float64),
+            q=joints("q"),
+            dq=joints("dq"),
+            q_ref=joints("q_ref"),
+            tau=joints("tau"),
             mode=as_array(c, "mode"),
+            torque_cut=(as_array(c, "limits") & Limit.TORQUE.value) > 0,
             tool=as_array(c, "tool_cmd").astype(np.float64),
             held=as_array(c, "held") > 0,
             anchor_ns=t - as_array(c, "chunk_age_ns"),
@@ -141,7 +146,7 @@ def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found
     """Every fault that the tables show, the ones that explain others first."""
     if len(s.t_ns) < 2 or len(s.frame_ns) < 2:
         return []  # too short to contradict itself; and too short to be used
-    found = [*_clocks(e, s), *(_saturated(s, settings) or _frozen(s, settings)), *_limits(s, settings)]
+    found = [*_clocks(e, s), *_stuck_signals(s, settings), *_limits(s, settings)]
     if not found:  # else what follows would only repeat it in other words
         found += _integral(s, settings)
     if not found:
@@ -234,52 +239,68 @@ def _span(values: Floats, a: int, b: int) -> float:
     return float(part.max() - part.min())
 
 
-def _frozen(s: Signals, settings: CheckSettings) -> list[Found]:
-    """A signal that keeps one value, to the last bit, while the joint is told to move."""
-    shortest = max(2, round(settings.frozen_s * s.manifest.control_hz))
-    found = []
+def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
+    """A signal that keeps one value, to the last bit, while the joint is told to move: once for long
+    (frozen), or again and again at its own extreme (saturated)."""
+    hz = s.manifest.control_hz
+    shortest = max(2, round(SATURATED_RUN_S * hz))
     for name, values in (("q", s.q), ("dq", s.dq), ("tau", s.tau)):
         if name == "tau" and not values.any():
             continue  # not measured
-        still = np.diff(values, axis=0) == 0
+        still = values[1:] == values[:-1]
         if name == "tau":
-            still &= (s.mode[1:] < Mode.STOP_1)[:, None]  # without power there is no torque
-        for joint, a, b in runs(still, shortest).tolist():
-            if (span := _span(s.q_ref[:, joint], a, b)) > settings.frozen_motion_rad:
-                seconds = (b - a) / s.manifest.control_hz
-                text = f"{name}[{joint}] stands still for {seconds:.2f} s while it is told to move {span:.3f} rad"
-                found.append(Found(Fault.FROZEN, text))
-                break
-    pose = s.state[:, : settings.pose_dims]
-    for dim, a, b in runs(np.diff(pose, axis=0) == 0, 3).tolist() if pose.shape[1] else []:
-        others = np.delete(pose, dim, axis=1)[a : b + 1]
-        alone = bool(others.size) and np.ptp(others, axis=0).max() > 0
-        moved = float(s.frame_motion[a:b].sum())
-        if not alone and moved > settings.min_motion_rad:
-            text = f"state stands still for {b - a + 1} frames while the joints go {moved:.2f} rad"
-            found.append(Found(Fault.FROZEN, text))
-            break
-    return found
+            still &= _torque_free(s)
+        found = runs(still, shortest)
+        if not len(found):
+            continue
+        span = np.array([_span(s.q_ref[:, j], a, b) for j, a, b in found.tolist()])
+        found, span = found[span > 0], span[span > 0]
+        if fault := _saturated(name, values, found, span, hz, settings):
+            return fault
+        long = (found[:, 2] - found[:, 1] >= settings.frozen_s * hz) & (span > settings.frozen_motion_rad)
+        if long.any():
+            joint, a, b = found[np.argmax(long)].tolist()
+            seconds, told = (b - a) / hz, float(span[np.argmax(long)])
+            text = f"{name}[{joint}] stands still for {seconds:.2f} s while told to move {told:.3f} rad"
+            return [Found(Fault.FROZEN, text)]
+    return _frozen_state(s, settings)
 
 
-def _saturated(s: Signals, settings: CheckSettings) -> list[Found]:
-    """A signal cut off at its own extreme: again and again exactly that value while the joint moves."""
-    hz = s.manifest.control_hz
-    shortest = max(2, round(0.01 * hz))
-    for name, values in (("q", s.q), ("dq", s.dq), ("tau", s.tau)):
-        ends = (values == values.max(axis=0)) | (values == values.min(axis=0))
-        moving = np.ptp(values, axis=0) > 0
-        flags = ends[1:] & ends[:-1] & (np.diff(values, axis=0) == 0) & moving
-        found = runs(flags, shortest)
-        for joint in np.unique(found[:, 0]).tolist():
-            mine = found[found[:, 0] == joint]
-            seconds = float((mine[:, 2] - mine[:, 1]).sum()) / hz
-            span = max(_span(s.q_ref[:, joint], a, b) for _, a, b in mine.tolist())
-            if seconds > settings.saturated_s and span > settings.frozen_motion_rad:
-                low, high = values[:, joint].min(), values[:, joint].max()
-                text = f"{name}[{joint}] is cut off at {low:.4g} or {high:.4g} for {seconds:.2f} s in all"
-                return [Found(Fault.SATURATED, text)]
+def _saturated(
+    name: str, values: Floats, found: NDArray[np.int64], span: Floats, hz: float, settings: CheckSettings
+) -> list[Found]:
+    at = values[found[:, 1], found[:, 0]]
+    ends = (at == values.max(axis=0)[found[:, 0]]) | (at == values.min(axis=0)[found[:, 0]])
+    for joint in np.unique(found[ends, 0]).tolist():
+        mine = ends & (found[:, 0] == joint)
+        seconds = float((found[mine, 2] - found[mine, 1]).sum()) / hz
+        # One stretch alone may be a joint that stopped.
+        if (
+            mine.sum() > 1
+            and seconds > settings.saturated_s
+            and span[mine].max() > settings.frozen_motion_rad
+        ):
+            low, high = values[:, joint].min(), values[:, joint].max()
+            text = f"{name}[{joint}] is cut off at {low:.4g} or {high:.4g} for {seconds:.2f} s in all"
+            return [Found(Fault.SATURATED, text)]
     return []
+
+
+def _frozen_state(s: Signals, settings: CheckSettings) -> list[Found]:
+    pose = s.state[:, : settings.pose_dims]
+    if not pose.shape[1]:
+        return []
+    still = (pose[1:] == pose[:-1]).all(axis=1, keepdims=True)
+    for _, a, b in runs(still, 3).tolist():
+        if (moved := float(s.frame_motion[a:b].sum())) > settings.min_motion_rad:
+            text = f"state stands still for {b - a + 1} frames while the joints go {moved:.2f} rad"
+            return [Found(Fault.FROZEN, text)]
+    return []
+
+
+def _torque_free(s: Signals) -> NDArray[np.bool_]:
+    """``[N-1, 1]``: rows in which the torque may vary: the robot has power and is not at its limit."""
+    return ((s.mode[1:] < Mode.STOP_1) & ~s.torque_cut[1:])[:, None]
 
 
 @lru_cache(maxsize=16)
@@ -316,8 +337,8 @@ def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
         ("dq", s.dq, -speed, speed),
         ("tau", s.tau, -torque, torque),
     ):
-        bad = (values < low) | (values > high)
-        if bad.any():
+        if (values.min(axis=0) < low).any() or (values.max(axis=0) > high).any():
+            bad = (values < low) | (values > high)
             row, joint = np.unravel_index(int(np.argmax(bad)), bad.shape)
             return (
                 f"{name}[{joint}] is {values[row, joint]:.4g} in row {row}, beyond"
@@ -416,8 +437,9 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
         r2 = 1.0 - float((rest**2).sum() / max(float((step**2).sum()), 1e-12))
         worst = int(np.argmax(np.linalg.norm(rest, axis=1)))
         size = float(np.linalg.norm(rest[worst]))
-        if r2 < least or gain[0] <= 0:
-            text = f"{who} actions do not explain the states that follow: R² {r2:.2f}, gain {gain[0]:.2f}"
+        toward = float((a[:, 0] * b).sum())  # a step goes to where it is told, not away from it
+        if r2 < least or toward <= 0:
+            text = f"{who} actions do not explain the states that follow: R² {r2:.2f}"
             return [Found(Fault.ACTION_STATE, text)]
         if size > settings.max_action_error:
             text = f"the step after frame {rows[worst]} is {size:.3g} off {who} action"
@@ -486,9 +508,7 @@ def _outcome(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
         return [Found(Fault.OUTCOME, "success, but what was held was never let go of")]
     around = s.tool[release : release + max(1, round(0.1 * m.control_hz))]
     if float(around.min()) > 0.5:
-        return [
-            Found(Fault.OUTCOME, "success, but what was held was lost while the tool was told to hold it")
-        ]
+        return [Found(Fault.OUTCOME, "success, but what was held was lost while it was to be held")]
     return []
 
 

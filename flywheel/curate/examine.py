@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flywheel import episode
 from flywheel.config import CurateSettings
 from flywheel.curate.checks import Found, Signals, check_signals
-from flywheel.curate.pictures import check_pictures, check_stuck, decoded, thumbnails
+from flywheel.curate.pictures import check_pictures, check_stuck, decoded, grey, thumbnails
 from flywheel.curate.repeats import Fingerprint
 from flywheel.episode import Episode
 from flywheel.errors import EpisodeError
@@ -121,14 +121,16 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
     images = {x: decoded(table, x, rows) for x in settings.cameras}
     motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
-    faults = [f for x, i in images.items() for f in check_pictures(i, x, motion, settings.checks)]
+    greys = {x: grey(i) for x, i in images.items()}
+    faults = [f for x, i in greys.items() for f in check_pictures(i, x, motion, settings.checks)]
     if _quarantined(c, faults):
         return
     c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
-    seen = images[settings.cameras[0]]
-    c.look = thumbnails(_resampled(seen, DESCRIPTOR_IMAGES))
+    first = settings.cameras[0]
+    looks = thumbnails(greys[first])
+    c.look = _resampled(looks, DESCRIPTOR_IMAGES)
     c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
-    c.mark = Fingerprint.of(s, rows, seen, settings.checks)
+    c.mark = Fingerprint.of(s, rows, images[first], looks, settings.checks)
 
 
 def _quarantined(c: Candidate, faults: Sequence[Found]) -> bool:

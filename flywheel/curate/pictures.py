@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -26,6 +24,8 @@ MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one o
 THUMBNAIL_PX = 8
 SHARP_PX = 64
 SHARP_SAMPLES = 24  # pictures of an episode that are looked at for blur
+
+Grey = NDArray[np.float32]  # [N, H, W], 0 to 255
 
 SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
 
@@ -56,17 +56,24 @@ def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[n
     return np.empty((0, 0, 0, 3), np.uint8) if images is None else images
 
 
-def thumbnails(images: NDArray[Any]) -> Floats:
-    """Grey ``[N, 8, 8]`` in 0..1 of images ``[N, H, W, 3]`` by averaging blocks."""
-    grey = np.asarray(images, dtype=np.float64).mean(axis=3) / 255.0
+def grey(images: NDArray[np.uint8]) -> Grey:
+    """Mean of the colours, 0 to 255: ``[N, H, W]`` of images ``[N, H, W, 3]``."""
+    total = images[..., 0].astype(np.float32)
+    total += images[..., 1]
+    total += images[..., 2]
+    total /= 3.0
+    return total
+
+
+def thumbnails(pictures: Grey) -> Floats:
+    """``[N, 8, 8]`` in 0..1 of grey pictures ``[N, H, W]`` by averaging blocks."""
+    small: Floats = pictures.astype(np.float64) if min(pictures.shape[1:]) < THUMBNAIL_PX else pictures
     for axis in (1, 2):
-        size = grey.shape[axis]
-        edges = [len(part) for part in np.array_split(np.arange(size), THUMBNAIL_PX)]
-        starts = np.concatenate([[0], np.cumsum(edges)[:-1]])
-        lengths = np.array(edges, np.float64)
-        sums = np.add.reduceat(grey, starts, axis=axis)
-        grey = sums / (lengths[:, None] if axis == 1 else lengths)
-    return grey
+        edges = np.array([len(x) for x in np.array_split(np.arange(small.shape[axis]), THUMBNAIL_PX)])
+        starts = np.cumsum(edges) - edges
+        sums = np.add.reduceat(small, starts, axis=axis, dtype=np.float32)
+        small = sums / (edges[:, None] if axis == 1 else edges)
+    return np.asarray(small / 255.0, np.float64)
 
 
 def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
@@ -90,11 +97,9 @@ def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckS
     return [Found(Fault.STUCK_IMAGE, text)]
 
 
-def check_pictures(
-    images: NDArray[np.uint8], camera: str, motion: Floats, settings: CheckSettings
-) -> list[Found]:
-    """Images ``[N, H, W, 3]`` of one camera; ``motion [N-1]`` is how far the joints went in between, rad."""
-    small = _grey(images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)])
+def check_pictures(images: Grey, camera: str, motion: Floats, settings: CheckSettings) -> list[Found]:
+    """Pictures ``[N, H, W]`` of one camera; ``motion [N-1]`` is how far the joints went in between, rad."""
+    small = images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)]
     mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
     for fault, bad, text in (
         (Fault.BLACK_IMAGE, (mean < settings.black_level) & (contrast < settings.min_contrast), "dark"),
@@ -124,18 +129,16 @@ def check_pictures(
     return []
 
 
-def sharpness(images: NDArray[np.uint8]) -> Floats:
+def sharpness(images: Grey) -> Floats:
     """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture.
 
     Taken at 64 to 127 px (blocks are averaged), so that it does not depend on how many pixels a camera has.
     """
     k = max(1, min(images.shape[1:3]) // SHARP_PX)
     n, h, w = len(images), images.shape[1] // k, images.shape[2] // k
-    g = _grey(images[:, : h * k, : w * k]).reshape(n, h, k, w, k).mean(axis=(2, 4))
+    g = images[:, : h * k, : w * k]
+    if k > 1:
+        g = g.reshape(n, h, k, w, k).mean(axis=(2, 4))
     around = g[:, :-2, 1:-1] + g[:, 2:, 1:-1] + g[:, 1:-1, :-2] + g[:, 1:-1, 2:]
     lap = around - 4 * g[:, 1:-1, 1:-1]
     return np.asarray(lap.var(axis=(1, 2)) / np.maximum(g.var(axis=(1, 2)), 1.0), np.float64)
-
-
-def _grey(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.asarray(images.mean(axis=3, dtype=np.float32))

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
 from flywheel.curate.checks import Fault, Floats, Found, Signals, last_release
-from flywheel.curate.pictures import thumbnails
 
 if TYPE_CHECKING:
     from flywheel.curate.examine import Candidate
@@ -45,16 +44,22 @@ class Fingerprint:
 
     @classmethod
     def of(
-        cls, s: Signals, rows: NDArray[np.int64], images: NDArray[np.uint8], settings: CheckSettings
+        cls,
+        s: Signals,
+        rows: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        small: Floats,
+        settings: CheckSettings,
     ) -> Fingerprint:
-        """From the usable ``rows`` of the frames and one camera's ``images [len(rows), H, W, 3]``."""
+        """From the usable ``rows`` of the frames, one camera's ``images [len(rows), H, W, 3]`` and their
+        thumbnails ``small [len(rows), 8, 8]``."""
         first, last = int(s.tick[rows[0]]), int(s.tick[rows[-1]])
         taken = np.flatnonzero(~s.held[first:last] & s.held[first + 1 : last + 1]) + 1 + first
         moment = int(taken[0]) if len(taken) else (first + last) // 2
         t = (s.t_ns - s.t_ns[moment]) / 1e9
         at = np.clip(np.searchsorted(t, AROUND_S), 0, len(t) - 1)
         frame = int(np.clip(np.searchsorted(s.tick[rows], moment) - 1, 0, len(rows) - 1))
-        looks = thumbnails(images[np.clip(frame + np.array(LOOKS), 0, len(rows) - 1)])
+        looks = small[np.clip(frame + np.array(LOOKS), 0, len(rows) - 1)]
         looks = looks - looks.mean(axis=(1, 2), keepdims=True)
         looks /= np.maximum(looks.std(axis=(1, 2), keepdims=True), 1e-3)
         release = last_release(s)
@@ -74,9 +79,8 @@ def colours(images: NDArray[np.uint8]) -> Floats:
     inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].astype(np.float64).mean(axis=0)
     if min(inner.shape[:2]) < 4:
         inner = np.repeat(np.repeat(inner, 4, axis=0), 4, axis=1)
-    grid = np.array(
-        [[b.mean(axis=(0, 1)) for b in np.array_split(r, 4, axis=1)] for r in np.array_split(inner, 4)]
-    )
+    rows = np.array_split(inner, 4)
+    grid = np.array([[b.mean(axis=(0, 1)) for b in np.array_split(r, 4, axis=1)] for r in rows])
     return np.asarray((grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1))
 
 
@@ -152,5 +156,5 @@ def _other_objects(group: Sequence[Candidate], settings: CheckSettings) -> None:
         names, counts = np.unique(others, return_counts=True)
         most = int(np.argmax(counts))
         if names[most] != tasks[i] and counts[most] >= settings.neighbours_agree:
-            text = f"what it grasped looks like what {counts[most]} of {len(others)} others did for {names[most]!r}"
+            text = f"{counts[most]} of {len(others)} that grasped what looks alike did so for {names[most]!r}"
             _quarantine(c, Found(Fault.OTHER_OBJECT, text))

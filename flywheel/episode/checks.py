@@ -157,8 +157,9 @@ def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Probl
             return [Problem(Reason.SCHEMA, name, f"{field} has nulls", field)]
     for column in _FINITE.get(name, ()):
         values = as_array(table, column)
-        bad = ~np.isfinite(values if values.ndim > 1 else values[:, None]).all(axis=1)
-        if bad.any():
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = ~(finite if values.ndim > 1 else finite[:, None]).all(axis=1)
             row = int(np.argmax(bad))
             text = f"{column} is NaN or infinite in {int(bad.sum())} rows, first in row {row}"
             problems.append(Problem(Reason.NOT_FINITE, name, text, column, row))
