@@ -20,6 +20,8 @@ BENCHES = {
     "recorder": "flywheel.bench.recorder:recorder",
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
+    "curate": "flywheel.bench.curate:curate",
+    "dataset": "flywheel.bench.dataset:dataset",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",

@@ -406,6 +406,8 @@ def variation(a: Floats) -> float:
 
 def correlation(a: Floats, b: Floats) -> float:
     """Pearson's; 0 where one of the two is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / norm if norm > 0 else 0.0
