@@ -129,7 +129,7 @@ class CheckSettings(Section):
     black_level: Annotated[float, Field(ge=0, le=255)] = 12.0  # 17 is seen in dim light
     white_level: Annotated[float, Field(ge=0, le=255)] = 243.0
     min_contrast: Annotated[float, Field(ge=0)] = 4.0  # of 255; 6.5 is seen
-    min_sharpness: Annotated[float, Field(ge=0)] = 0.05  # Laplacian over picture; 0.87 is seen
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.15  # Laplacian over picture; 0.87 is seen
     bad_images: Annotated[int, Field(ge=0)] = 1  # so many of an episode may be black, white or blurred
     stuck_images: Annotated[int, Field(ge=2)] = 3
     stuck_motion_rad: Positive = 0.02

@@ -240,9 +240,10 @@ def _wrist(tip: Array, s: Scene, side: int) -> bytes:
     scale = 0.35 * side / (tip[2] + 0.06)
     place = tip[:2, None] + (np.arange(side) - side / 2) / scale  # of columns and rows on the table, m
     stripes = np.sin(30 * place[0])[None, :] * np.sin(30 * place[1])[:, None]
-    image = np.repeat(((140 + 25 * stripes) * s.shade).astype(np.uint8)[:, :, None], 3, axis=2)
+    image = np.repeat(((140 + 25 * stripes) * s.shade)[:, :, None], 3, axis=2)
     for box, colour in ((s.other, (40, 90, 200)), (s.target, (200, 40, 40))):
         u, v = (side / 2 + (box[:2] - tip[:2]) * scale).round().astype(int)
         r = max(2, round(0.02 * scale))
         image[max(0, v - r) : max(0, v + r), max(0, u - r) : max(0, u + r)] = np.array(colour) * s.shade
-    return bytes(simplejpeg.encode_jpeg(image, quality=90))
+    grain = np.random.default_rng(np.abs(tip * 1e9).astype(np.int64)).normal(0, 4, image.shape)
+    return bytes(simplejpeg.encode_jpeg(np.clip(image + grain, 0, 255).astype(np.uint8), quality=90))

@@ -311,7 +311,7 @@ def test_outcome_that_the_events_deny(sound: list[Path], tmp_path: Path) -> None
         assert faults(d, tmp_path / told) == found
 
 
-@pytest.mark.parametrize(("share", "found"), [(0.1, [Fault.SATURATED]), (0.98, [])])
+@pytest.mark.parametrize(("share", "found"), [(0.1, [Fault.SATURATED]), (1.2, [])])
 def test_torque_sensor_that_ends_too_early(
     share: float, found: list[Fault], sound: list[Path], tmp_path: Path
 ) -> None:

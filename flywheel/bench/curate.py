@@ -251,8 +251,8 @@ def curate(full: bool = False) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="flywheel-curate-"))
     begun = time.monotonic()
     try:
-        found = record(root / "sound", 120 if full else 30, seed=1, seconds=240.0 if full else 20.0)
-        apart = max(2, len(found) // 5)
+        found = record(root / "sound", 120 if full else 24, seed=1, seconds=400.0 if full else 120.0)
+        apart = max(2, len(found) // 6)
         return _document(found[apart:], found[:apart], root, full, load, begun)
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -267,7 +267,7 @@ def _document(
     begun: float,
 ) -> dict[str, Any]:
     recorded_s = time.monotonic() - begun
-    figures = scan(sound[:20], 12 if full else 4)
+    figures = scan(sound[:12], 12 if full else 3)
     per_kind = 8 if full else 1
     fresh = [k for k, (group, _) in KINDS.items() if group != "repeated"]
     again = [k for k, (group, _) in KINDS.items() if group == "repeated"]

@@ -101,29 +101,28 @@ def check_pictures(images: Grey, camera: str, motion: Floats, settings: CheckSet
     """Pictures ``[N, H, W]`` of one camera; ``motion [N-1]`` is how far the joints went in between, rad."""
     small = images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)]
     mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
-    for fault, bad, text in (
-        (Fault.BLACK_IMAGE, (mean < settings.black_level) & (contrast < settings.min_contrast), "dark"),
-        (Fault.WHITE_IMAGE, (mean > settings.white_level) & (contrast < settings.min_contrast), "bright"),
-    ):
-        if int(bad.sum()) > settings.bad_images:
+    even = contrast < settings.min_contrast
+    black, white = even & (mean < settings.black_level), even & (mean > settings.white_level)
+    for fault, bad, text in ((Fault.BLACK_IMAGE, black, "dark"), (Fault.WHITE_IMAGE, white, "bright")):
+        if (count := int(bad.sum())) > settings.bad_images:
             row = int(np.argmax(bad))
-            return [
-                Found(
-                    fault,
-                    f"{int(bad.sum())} of {len(images)} pictures of {camera} are evenly {text} (the first of"
-                    f" them: mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})",
-                )
-            ]
+            why = (
+                f"{count} of {len(images)} pictures of {camera} are evenly {text} (the first of them:"
+                f" mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})"
+            )
+            return [Found(fault, why)]
     some = np.unique(np.linspace(0, len(images) - 1, SHARP_SAMPLES).round().astype(int))
     sharp = sharpness(images[some])
     if (blurred := int((sharp < settings.min_sharpness).sum())) > settings.bad_images:
         text = f"{blurred} of {len(some)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
         return [Found(Fault.BLURRED_IMAGE, text)]
+    fine = ~(black | white)
+    between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
+    motion = motion[between]
     enough = len(motion) >= STEPS_MIN and motion.sum() > settings.min_motion_rad
     if enough and variation(motion) > settings.min_speed_variation:
-        change = np.abs(np.diff(thumbnails(images), axis=0)).mean(axis=(1, 2))
-        # One picture that is unlike all others says nothing of the rest.
-        fit = correlation(np.minimum(change, np.quantile(change, 0.9)), motion)
+        change = np.abs(np.diff(thumbnails(images), axis=0)).mean(axis=(1, 2))[between]
+        fit = correlation(change, motion)
         if fit < settings.min_image_motion_correlation:
             text = f"the pictures of {camera} change at other times than the arm moves: correlation {fit:.2f}"
             return [Found(Fault.IMAGE_MOTION, text)]
