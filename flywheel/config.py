@@ -105,10 +105,10 @@ class RecorderSettings(Section):
 class CheckSettings(Section):
     """What passes for a true recording; beyond it an episode is quarantined (``flywheel.curate.checks``).
 
-    The worst of 225 sound episodes of the twin is given where there is one.
+    The worst of 225 sound episodes of the twin is given where there is one. A turn cannot change these.
     """
 
-    limits: tuple[str, ...] = ("flywheel/twin/limits.yaml",)  # of the robots that record; none: not checked
+    robots: tuple[str, ...] = ("flywheel/twin/limits.yaml",)  # their limits files; none: not checked
     joint_slack_rad: Fraction = 0.05  # beyond the soft limits
     window_s: Positive = 0.05  # over which velocities are integrated
     max_drift_rad: Positive = 0.05  # of a joint from its integrated velocity within a window; 0.0006 is seen

@@ -221,12 +221,12 @@ def test_size_of_a_fault_decides(
 def test_robot_of_other_joints_is_not_measured_by_these_limits(sound: list[Path], tmp_path: Path) -> None:
     d = draft(sound[0])
     offset(d, 3.0)
-    assert faults(d, tmp_path, BARS.model_copy(update={"limits": ()})) == []
+    assert faults(d, tmp_path, BARS.model_copy(update={"robots": ()})) == []
 
 
 def test_limits_file_that_is_missing_is_named(sound: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"curate\.checks\.limits: 'none\.yaml'"):
-        faults(draft(sound[0]), tmp_path, BARS.model_copy(update={"limits": ("none.yaml",)}))
+    with pytest.raises(ConfigError, match=r"curate\.checks\.robots: 'none\.yaml'"):
+        faults(draft(sound[0]), tmp_path, BARS.model_copy(update={"robots": ("none.yaml",)}))
 
 
 @pytest.mark.parametrize(("frames", "found"), [(1, []), (6, [Fault.FROZEN])])
@@ -254,7 +254,7 @@ def test_torque_that_stands_for_a_reason_is_not_frozen(why: str, sound: list[Pat
     d.control["tau"] = rng.normal(size=d.control["tau"].shape).astype(np.float32)
     rows = d.ticks(d.moving(5))
     d.control["tau"][rows] = 30.0 if why == "limit" else 0.0
-    bars = BARS.model_copy(update={"limits": ()})
+    bars = BARS.model_copy(update={"robots": ()})
     assert faults(d, tmp_path / "bare", bars) == [Fault.FROZEN]
     if why == "limit":
         d.control["limits"][rows] |= np.uint32(Limit.TORQUE)

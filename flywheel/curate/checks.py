@@ -309,12 +309,12 @@ def robot_limits(path: str) -> SafetyLimits:
     for at in (Path(path), Path(__file__).parents[2] / path):
         if at.is_file():
             return SafetyLimits.load(at)
-    raise ConfigError(f"curate.checks.limits: {path!r}: no such file; name the limits file of your robot")
+    raise ConfigError(f"curate.checks.robots: {path!r}: no such file; name the limits file of your robot")
 
 
 def _limits(s: Signals, settings: CheckSettings) -> list[Found]:
     """Outside of what the robot can do; the files with its number of joints are tried, one must admit it."""
-    files = [robot_limits(p) for p in settings.limits]
+    files = [robot_limits(p) for p in settings.robots]
     objections = [_beyond(s, x, settings) for x in files if len(x.joints) == s.q.shape[1]]
     if not objections or None in objections:
         return []
