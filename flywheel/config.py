@@ -133,7 +133,8 @@ class CheckSettings(Section):
     bad_images: Annotated[int, Field(ge=0)] = 1  # so many of an episode may be black, white or blurred
     stuck_images: Annotated[int, Field(ge=2)] = 3
     stuck_motion_rad: Positive = 0.02
-    min_image_motion_correlation: Fraction = 0.4  # 0.77 is seen
+    min_change_ratio: Annotated[float, Field(ge=1)] = 1.5  # of pictures, fast to slow; 2.1 is seen
+    image_motion_mads: Positive = 8.0  # of the correlation of pictures with motion, below the others' median
     repeat_rad: Positive = 0.008  # rms of the joints about the grasp; closer, and alike to look at: a repeat
     repeat_look: Positive = 0.25  # rms of thumbnails of mean 0 and deviation 1
     misplaced_m: Positive = 0.1  # from where the other successes let go, where these agree

@@ -48,9 +48,10 @@ def faults(d: Draft, tmp_path: Path, bars: CheckSettings = BARS) -> list[Fault]:
 # ── every kind of poison ─────────────────────────────────────────────────────────────────────────────
 
 SINGLE = [k for k, (group, _) in KINDS.items() if group != "repeated"]
-# Made-up attempts have neither torques nor these events; tests of their own give them some.
-NOT_RECORDED = {"policy_called_operator", "outcome_against_events", "saturated_torque"}
-TOGETHER = {"let_go_elsewhere", "other_instruction"}  # show only beside others
+# Made-up attempts have neither torques nor these events, and no detail that a blur would take away; there are
+# tests of their own for these.
+NOT_RECORDED = {"blurred_pictures", "policy_called_operator", "outcome_against_events", "saturated_torque"}
+TOGETHER = {"let_go_elsewhere", "other_instruction", "other_pictures"}  # show only beside others
 
 
 @pytest.mark.parametrize("kind", sorted(set(SINGLE) - TOGETHER - NOT_RECORDED))
@@ -126,6 +127,18 @@ def test_other_object_than_asked_for_is_told_by_its_neighbours(sound: list[Path]
     marked(candidates, [0.6] * 10 + [0.2] * 8, tasks)  # the tenth grasped a red one and was asked for blue
     check_together(candidates, BARS)
     assert [i for i, c in enumerate(candidates) if c.reason == "quarantine:other_object"] == [9]
+
+
+def test_pictures_that_do_not_follow_the_arm_are_told_by_those_that_do(sound: list[Path]) -> None:
+    from dataclasses import replace
+
+    for others, found in (([0.85, 0.8, 0.9] * 6, [17]), ([0.1, 0.5, 0.8] * 6, [])):
+        candidates = [examine(d, SETTINGS) for d in sound]
+        for c, fit in zip(candidates, [*others[:17], 0.2], strict=True):
+            assert c.mark is not None
+            c.mark = replace(c.mark, seen_motion=fit)
+        check_together(candidates, BARS)
+        assert [i for i, c in enumerate(candidates) if c.reason == "quarantine:image_motion"] == found
 
 
 def test_tasks_that_look_alike_are_left_alone(sound: list[Path]) -> None:
@@ -386,7 +399,7 @@ def only(rows: int, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
         (only(2, lambda x: 0 * x), [Fault.BLACK_IMAGE]),
         (only(2, lambda x: 0 * x + 255), [Fault.WHITE_IMAGE]),
         (only(1, lambda x: 0 * x), []),  # one alone may be
-        (lambda x: x[:1] + np.random.default_rng(1).normal(scale=3, size=x.shape), [Fault.IMAGE_MOTION]),
+        (lambda x: x[:1] + np.random.default_rng(1).normal(scale=3, size=x.shape), [Fault.STUCK_IMAGE]),
     ],
 )
 def test_camera_that_does_not_see(change: Callable[[Any], Any], found: list[Fault]) -> None:

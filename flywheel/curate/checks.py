@@ -228,8 +228,8 @@ def runs(flags: NDArray[np.bool_], shortest: int) -> NDArray[np.int64]:
     n, channels = flags.shape
     wide = np.zeros((channels, n + 2), np.int8)
     wide[:, 1:-1] = flags.T
-    edges = np.flatnonzero(np.diff(wide.reshape(-1))).reshape(-1, 2)
-    edges = edges[edges[:, 1] - edges[:, 0] >= shortest]
+    found = np.flatnonzero(np.diff(wide.reshape(-1))).reshape(-1, 2)
+    edges = found[found[:, 1] - found[:, 0] >= shortest]
     channel, first = np.divmod(edges[:, 0], n + 2)
     return np.column_stack([channel, first, first + edges[:, 1] - edges[:, 0]])
 
@@ -364,15 +364,15 @@ def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
     ratio = (went * moved).sum(axis=0) / np.maximum(power, 1e-12)
     wrong = enough & ~((ratio > 1 / settings.max_unit_ratio) & (ratio < settings.max_unit_ratio))
     if wrong.any():
-        joint = int(np.argmax(wrong))
-        text = f"q[{joint}] moves {ratio[joint]:.4g} times as far as dq[{joint}] says"
+        k = int(np.argmax(wrong))
+        text = f"q[{k}] moves {ratio[k]:.4g} times as far as dq[{k}] says"
         return [Found(Fault.UNITS, text)]
     drift = np.abs(step[w:] - step[:-w])[whole]
     if drift.size and float(drift.max()) > settings.max_drift_rad:
-        row, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
+        at, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
         text = (
             f"q[{joint}] leaves the integral of its velocity by {drift.max():.3g} rad within"
-            f" {settings.window_s:g} s, about row {int(np.flatnonzero(whole)[row]) + w}"
+            f" {settings.window_s:g} s, about row {int(np.flatnonzero(whole)[at]) + w}"
         )
         return [Found(Fault.DISCONTINUITY, text)]
     return []

@@ -4,6 +4,9 @@
   (noise, another exposure or JPEG quality, a cut at either end, other times, seeds and names) leave its
   fingerprint where it was: the joints and the pictures around the moment of the grasp. Candidate pairs come
   from a k-d tree (Bentley 1975, CACM 18:509–517), so the cost is O(n log n) where repeats are few.
+* ``image_motion``: pictures that change at other times than the arm moves, where those of the others change
+  with it: of another episode, or of another camera. How closely they do depends on the scene, so the bar is
+  the others' median less so many median deviations.
 * ``misplaced``: a success that let go of its object far from where the others did, if these agree on a place
   (median and median distance, Rousseeuw and Croux 1993, JASA 88:1273–1283).
 * ``other_object``: what was grasped looks like what is grasped under another instruction: its nearest
@@ -22,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
-from flywheel.curate.checks import Fault, Floats, Found, Signals, last_release
+from flywheel.curate.checks import Fault, Floats, Found, Signals, correlation, last_release
+from flywheel.curate.pictures import changes
 
 if TYPE_CHECKING:
     from flywheel.curate.examine import Candidate
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 AROUND_S = np.linspace(-0.8, 0.8, 17)  # of the grasp, where the joints are compared
 LOOKS = (-6, -3, 0)  # frames before the grasp, where pictures are
 NEIGHBOURS = 7
+MAD_MIN = 0.06
 AGREE_MIN = 12  # episodes that must agree before one is told that it does not
 
 
@@ -40,6 +45,7 @@ class Fingerprint:
     joints: Floats  # [17, J] rad at AROUND_S
     looks: Floats  # [3, 8, 8] grey thumbnails at LOOKS, mean 0 and deviation 1
     colours: Floats  # [C] what was before the tool at the grasp, as shares of colour
+    seen_motion: float  # correlation of the change of pictures with the motion of the joints
     let_go: Floats | None  # [pose_dims] where the last object was let go of
 
     @classmethod
@@ -63,10 +69,12 @@ class Fingerprint:
         looks = looks - looks.mean(axis=(1, 2), keepdims=True)
         looks /= np.maximum(looks.std(axis=(1, 2), keepdims=True), 1e-3)
         release = last_release(s)
+        motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
         return cls(
             joints=s.q[at],
             looks=looks,
             colours=colours(images[max(frame - 3, 0) : frame + 1]),
+            seen_motion=correlation(changes(small), motion),
             let_go=None
             if release is None
             else s.state[np.clip(np.searchsorted(s.tick, release), 0, len(s.tick) - 1), : settings.pose_dims],
@@ -92,6 +100,7 @@ def check_together(candidates: Sequence[Candidate], settings: CheckSettings) -> 
         shapes.setdefault((c.shape, c.mark and c.mark.joints.shape), []).append(c)
     for group in shapes.values():
         _other_objects(group, settings)
+        _image_motion(group, settings)
         _misplaced(group, settings)
         _repeated([c for c in group if not c.reason], settings)
 
@@ -130,6 +139,23 @@ def _repeated(group: Sequence[Candidate], settings: CheckSettings) -> None:
         _quarantine(again, Found(Fault.REPEATED, text))
 
 
+def _image_motion(group: Sequence[Candidate], settings: CheckSettings) -> None:
+    places: dict[tuple[str, str], list[tuple[Candidate, float]]] = {}
+    for c in group:
+        if not c.reason and c.mark and c.manifest:
+            places.setdefault((c.manifest.site, c.manifest.shift), []).append((c, c.mark.seen_motion))
+    for said in places.values():
+        if len(said) < AGREE_MIN:
+            continue
+        fits = np.array([f for _, f in said])
+        usual = float(np.median(fits))
+        mad = max(float(np.median(np.abs(fits - usual))), MAD_MIN)
+        for c, fit in said:
+            if fit < usual - settings.image_motion_mads * mad:
+                text = f"pictures change when the arm rests: correlation {fit:.2f}, usual {usual:.2f}"
+                _quarantine(c, Found(Fault.IMAGE_MOTION, text))
+
+
 def _misplaced(group: Sequence[Candidate], settings: CheckSettings) -> None:
     said = [(c, c.mark.let_go) for c in group if not c.reason and c.mark and c.mark.let_go is not None]
     if len(said) < AGREE_MIN or not settings.success_lets_go:
@@ -150,7 +176,7 @@ def _other_objects(group: Sequence[Candidate], settings: CheckSettings) -> None:
         return
     tasks = np.array([c.manifest.task if c.manifest else "" for c in group])
     seen = np.stack([m.colours for m in _marks(group)])
-    _, near = cKDTree(seen).query(seen, k=min(NEIGHBOURS + 1, len(group)))
+    _, near = cKDTree(seen).query(seen.tolist(), k=min(NEIGHBOURS + 1, len(group)))
     for i, c in enumerate(group):
         others = tasks[[k for k in near[i] if k != i][:NEIGHBOURS]]
         names, counts = np.unique(others, return_counts=True)

@@ -90,6 +90,8 @@ def inflates(f: BinaryIO, file: pq.ParquetFile, entry: FileEntry) -> str | None:
 
 def _long_texts(f: BinaryIO, names: list[str]) -> str | None:
     """Texts as dictionaries, so that a long one that repeats is held once while we look at it."""
+    if not names:
+        return None
     total = 0
     reader = pq.ParquetFile(f, page_checksum_verification=True, read_dictionary=names, **_THRIFT)
     for batch in reader.iter_batches(batch_size=4096, columns=names):
