@@ -21,7 +21,7 @@ BENCHES = {
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
     "curate": "flywheel.bench.curate:curate",
-    "dataset": "flywheel.bench.dataset:dataset",
+    "dataset": "flywheel.dataset.bench:dataset",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",
