@@ -430,6 +430,11 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
         if len(rows) < STEPS_MIN:
             continue
         step = pose[rows + 1] - pose[rows]
+        far = float(np.median(np.linalg.norm(target[rows] - pose[rows], axis=1)))
+        if far > 10 * settings.max_action_error:
+            return [
+                Found(Fault.UNITS, f"{who} actions lie {far:.3g} from the states; are they in the same unit?")
+            ]
         commands = np.stack([target[rows] - pose[rows], target[rows - 1] - pose[rows]], axis=-1)
         if np.linalg.norm(step, axis=1).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
             continue
