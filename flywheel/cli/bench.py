@@ -22,6 +22,7 @@ BENCHES = {
     "hostile": "flywheel.bench.hostile:hostile",
     "curate": "flywheel.bench.curate:curate",
     "dataset": "flywheel.dataset.bench:dataset",
+    "catalogue": "flywheel.catalogue.bench:catalogue",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",

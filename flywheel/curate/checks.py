@@ -144,6 +144,8 @@ class Signals:
 
 def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
     """Every fault that the tables show, the ones that explain others first."""
+    if len(s.frame_ns) and not len(s.t_ns):
+        return [Found(Fault.GAP, f"control has no rows beside {len(s.frame_ns)} frames")]
     if len(s.t_ns) < 2 or len(s.frame_ns) < 2:
         return []  # too short to contradict itself; and too short to be used
     found = [*_clocks(e, s), *_stuck_signals(s, settings), *_limits(s, settings)]

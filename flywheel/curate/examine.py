@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +18,10 @@ from flywheel.config import CurateSettings
 from flywheel.curate.checks import Found, Signals, check_signals
 from flywheel.curate.pictures import check_pictures, check_stuck, decoded, grey, thumbnails
 from flywheel.curate.repeats import Fingerprint
+from flywheel.dataset.yardstick import stretch_sha256
 from flywheel.episode import Episode
 from flywheel.errors import EpisodeError
-from flywheel.schema import FRAMES_FILE, Manifest, Outcome, sha256_bytes
+from flywheel.schema import FRAMES_FILE, NO_FAULT, Manifest, Outcome, TriggerKind, sha256_bytes
 
 DESCRIPTOR_STEPS = 16
 DESCRIPTOR_IMAGES = 3
@@ -42,6 +43,16 @@ class Candidate:
     mark: Fingerprint | None = None  # what it is known by among all the others
     shape: tuple[Any, ...] = ()
     content_sha256: str = ""
+    phase: str = ""  # where in the task it failed: approach, grasp, carry or place
+    views: dict[str, tuple[bytes, ...]] = field(default_factory=dict)  # JPEGs: the failure, then the way
+    view_states: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))  # [K, S]
+    view_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a picture, by camera
+    stretch_sha256: tuple[str, ...] = ()
+    features: Vector | None = None  # of the views, by the policy's encoder [K, D]
+    cluster: str = ""
+    weight: float = 0.0  # frequency × cost of the failure, this episode's part of it
+    nearest: float | None = None  # distance to the nearest episode taken
+    held_out: bool = False
     taken: bool = False
     reason: str = ""  # empty while undecided
     why: str = ""
@@ -50,6 +61,12 @@ class Candidate:
     @property
     def episode_id(self) -> str:
         return self.manifest.episode_id if self.manifest else self.directory.name
+
+    @property
+    def scene(self) -> tuple[str, int] | None:
+        """The scene of the twin that it happened in; None on a real robot."""
+        m = self.manifest
+        return None if m is None or m.seed is None else (m.shift, m.seed)
 
     @property
     def failure_mode(self) -> str:
@@ -131,6 +148,17 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     c.look = _resampled(looks, DESCRIPTOR_IMAGES)
     c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
     c.mark = Fingerprint.of(s, rows, images[first], looks, settings.checks)
+    c.stretch_sha256 = tuple(stretch_sha256(s.state[a:b], s.action[a:b]) for a, b in c.stretches)
+    failed = _failed_ns(s)
+    c.phase = _phase(s, failed)
+    at_failure = np.array([max(0, int(np.searchsorted(s.frame_ns, failed, side="right")) - 1)])
+    at = np.concatenate([at_failure, _resampled(rows, DESCRIPTOR_IMAGES)])
+    c.view_states = s.state[at].astype(np.float32)
+    for x in settings.cameras:
+        c.view_shapes[x] = decoded(table, x, at_failure).shape[1:]
+        if c.view_shapes[x] != images[x].shape[1:]:
+            raise EpisodeError(f"image.{x} in row {at_failure[0]}: is {c.view_shapes[x]}, unlike the others")
+        c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
 
 
 def _quarantined(c: Candidate, faults: Sequence[Found]) -> bool:
@@ -172,6 +200,37 @@ def read_frames(directory: Path, m: Manifest, cameras: Sequence[str]) -> pa.Tabl
         raise EpisodeError(f"{directory / FRAMES_FILE}: changed while it was read; pull the episode again")
     columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
     return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def _failed_ns(s: Signals) -> int:
+    """The first fault, or where the operator took over, or the end: whichever came first."""
+    m = s.manifest
+    handover = int(s.frame_ns[np.argmax(s.operator)]) if s.operator.any() else m.window_ns[1]
+    return min(
+        [handover, *(x.t_ns for x in m.triggers if x.kind not in NO_FAULT | {TriggerKind.INTERVENTION})]
+    )
+
+
+def _phase(s: Signals, failed_ns: int) -> str:
+    """Where in the task it failed, by what the cup held and sucked until then."""
+    until = s.t_ns <= failed_ns
+    held, suction = s.held[until], s.tool[until] > 0.5
+    lost = held[:-1] & ~held[1:] & suction[1:]  # the vacuum broke although suction was commanded
+    if held[-1:].any() or lost.any():
+        return "carry"
+    if held.any():
+        return "place"
+    return "grasp" if suction.any() else "approach"
+
+
+def pictures(views: Mapping[str, Sequence[bytes]]) -> dict[str, NDArray[np.uint8]]:
+    """Views that ``examine`` kept, uint8 ``[K, H, W, 3]`` by camera. Raises ``ValueError``."""
+    import simplejpeg
+
+    return {
+        camera: np.stack([simplejpeg.decode_jpeg(data, colorspace="RGB") for data in found])
+        for camera, found in views.items()
+    }
 
 
 def _resampled(values: NDArray[Any], steps: int) -> NDArray[Any]:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from flywheel.config import TrainSettings
 from flywheel.dataset import dataset_digest
+from flywheel.dataset.yardstick import SOURCES, refuse_kept
 from flywheel.errors import StageError
 from flywheel.train import ranks
 from flywheel.train.loop import Job
 from flywheel.vla import localise, working_copy
 
+# What the next turn's curation takes up: names of clusters, and what has been held out.
+HANDED_ON = ("clusters.json", SOURCES)
 OnProgress = Callable[[int, int, float], None]  # step, of, loss
 
 
@@ -31,6 +34,7 @@ class TrainResult:
     shares: tuple[float, ...]
     dataset_digest: str
     replay_digest: str
+    held_out: int  # episodes kept from the data, none of which was trained on: checked by hash
     seconds: float
 
 
@@ -51,11 +55,12 @@ def train(
 
     Raises:
         BundleError: ``policy`` is no checkpoint.
-        StageError: no data, or the loss is not finite.
+        StageError: no data, data that is kept for evaluation, or the loss is not finite.
     """
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
     datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
+    held_out = refuse_kept(datasets)
     work = out.with_name(out.name + ".work")
     shutil.rmtree(work, ignore_errors=True)
     start = working_copy(policy, work / "start")
@@ -73,6 +78,9 @@ def train(
     staging = work / "done"
     shutil.copytree(last, staging)
     shutil.copytree(policy / "vlm", staging / "vlm", dirs_exist_ok=True)
+    for name in HANDED_ON:
+        if (dataset / name).exists():
+            shutil.copyfile(dataset / name, staging / name)
     (staging / "train_config.json").unlink(missing_ok=True)  # holds paths of this run
     localise(staging)
     shutil.rmtree(out, ignore_errors=True)
@@ -91,6 +99,7 @@ def train(
         shares=mixed.shares,
         dataset_digest=dataset_digest(dataset),
         replay_digest=dataset_digest(replay) if replay is not None else "",
+        held_out=held_out,
         seconds=time.monotonic() - started,
     )
 
