@@ -105,7 +105,7 @@ class RecorderSettings(Section):
 class CheckSettings(Section):
     """What passes for a true recording; beyond it an episode is quarantined (``flywheel.curate.checks``).
 
-    The worst of 225 sound episodes of the twin is given where there is one. A turn cannot change these.
+    The worst of 481 sound episodes of the twin is given where there is one. A turn cannot change these.
     """
 
     robots: tuple[str, ...] = ("flywheel/twin/limits.yaml",)  # their limits files; none: not checked
@@ -121,9 +121,10 @@ class CheckSettings(Section):
     min_pose_per_rad: Positive = 0.02  # path of the state over path of the joints; 0.23 to 0.31 is seen
     max_pose_per_rad: Positive = 5.0
     min_speed_variation: Fraction = 0.3  # deviation over mean; steadier speeds have nothing to correlate
-    min_state_joint_correlation: Fraction = 0.6  # of their speeds; 0.93 is seen
-    min_action_r2: Fraction = 0.7  # of a person's targets; 0.98 is seen
+    min_state_joint_r2: Fraction = 0.5  # of the state's steps by the joints'; 0.82 is seen
+    min_action_r2: Fraction = 0.5  # of a person's targets; 0.64 is seen
     min_policy_action_r2: Fraction = 0.1  # of a policy's; 0.31 is seen of one that fails
+    max_action_ratio: Annotated[float, Field(gt=1)] = 2.0  # of a person's targets to the steps; 1.14 is seen
     max_action_error: Positive = 0.12  # of one step, m or rad; 0.04 is seen
     success_lets_go: bool = True  # a success held something and let go of it when told to
     black_level: Annotated[float, Field(ge=0, le=255)] = 12.0  # 17 is seen in dim light
@@ -135,7 +136,7 @@ class CheckSettings(Section):
     stuck_motion_rad: Positive = 0.02
     min_change_ratio: Annotated[float, Field(ge=1)] = 1.5  # of pictures, fast to slow; 2.1 is seen
     image_motion_mads: Positive = 8.0  # of the correlation of pictures with motion, below the others' median
-    repeat_rad: Positive = 0.008  # rms of the joints about the grasp; closer, and alike to look at: a repeat
+    repeat_rad: Positive = 0.008  # rms of the joints in all common frames; closer, and alike: a repeat
     repeat_look: Positive = 0.25  # rms of thumbnails of mean 0 and deviation 1
     misplaced_m: Positive = 0.1  # from where the other successes let go, where these agree
     # of 7 others that grasped what looks most alike: so many of one other instruction (0: not looked at)

@@ -16,7 +16,7 @@ from flywheel.bench.poison import KINDS, Draft, _open, _seal, poison
 from flywheel.config import CheckSettings, CurateSettings
 from flywheel.curate.checks import Fault, Signals, check_signals, correlation, runs
 from flywheel.curate.examine import Candidate, examine
-from flywheel.curate.pictures import check_pictures, check_stuck, sharpness
+from flywheel.curate.pictures import check_pictures, check_stuck, sharpness, thumbnails
 from flywheel.curate.repeats import check_together
 from flywheel.errors import ConfigError
 from flywheel.schema import Limit, Mode, Outcome
@@ -379,7 +379,7 @@ def pictures(change: Callable[[Any], Any] = lambda x: x, n: int = 20) -> Any:
 
 def seen(change: Callable[[Any], Any]) -> list[Fault]:
     images, motion = pictures(change)
-    return [f.fault for f in check_pictures(images, "wrist", motion, BARS)]
+    return [f.fault for f in check_pictures(images, thumbnails(images), "wrist", motion, BARS)]
 
 
 def only(rows: int, change: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -39,8 +39,9 @@ from flywheel.errors import BundleError
 from flywheel.schema import EPISODE_FILES
 
 SETTINGS = CurateSettings()
+SHIFT = "factory"  # where the base policy fails
 SHARE = 0.1  # of an input that is poison
-TRY_S = 1.0  # the policy's, before the operator takes over
+TRY_S = 6.0  # the policy's, before the operator takes over: as in the demo
 EPOCH_NS = 1_767_225_600_000_000_000  # 2026-01-01: episodes are named alike in every run
 REFUSED = ("quarantine:", "duplicate")
 
@@ -57,14 +58,14 @@ def record(parent: Path, count: int, seed: int, seconds: float) -> list[Path]:
     edge = EdgeSettings()
     attempt = Attempt(
         bundle,
-        "lab",
+        SHIFT,
         record=True,
         operator_takes_over=True,
         episode_s=TRY_S,
         settings=edge,
         jpeg_quality=settings.quality(CAMERAS),
     )
-    me = Identity("bench", "twin", "lockstep", EPOCH_NS, __version__, edge.control_hz, edge.policy_hz, "lab")
+    me = Identity("bench", "twin", "lockstep", EPOCH_NS, __version__, edge.control_hz, edge.policy_hz, SHIFT)
     recorder = Recorder(attempt.lockstep.rings, settings, parent, me, seed=seed)
     attempt.lockstep.recorder = recorder
     until = time.monotonic() + seconds

@@ -40,6 +40,7 @@ from flywheel.schema import Limit, Manifest, Mode, Outcome, TriggerKind
 Floats = NDArray[np.float64]
 DEGREES = 180.0 / np.pi
 SATURATED_RUN_S = 0.01  # shorter runs of one value are chance
+AXIS_SHARE = 0.05  # of the squared steps: an axis that goes less is not judged for itself
 STEPS_MIN = 8  # of one phase, to say how actions explain states
 
 
@@ -350,31 +351,31 @@ def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
 
 
 def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
-    """Positions against the integral of velocities (trapezoids), over windows without a gap."""
+    """Positions against the integral of velocities (trapezoids), over windows without a gap that overlap by
+    half, so that a step is whole in one of them."""
     dt = np.diff(s.t_ns)[:, None] / 1e9
     area = np.cumsum((s.dq[1:] + s.dq[:-1]) / 2 * dt, axis=0)
-    step = s.q[1:] - s.q[0] - area  # by how much q has left the integral
     w = max(2, round(settings.window_s * s.manifest.control_hz))
     if len(area) <= w:
         return []
-    gaps = np.concatenate([[0], np.cumsum(dt[:, 0] > GAP_PERIODS / s.manifest.control_hz)])
-    whole = gaps[1 + w :] == gaps[1:-w]
-    went, moved = area[w:] - area[:-w], (s.q[1 + w :] - s.q[1:-w])
-    went, moved = went[whole], moved[whole]
+    gaps = np.cumsum(dt[:, 0] > GAP_PERIODS / s.manifest.control_hz)
+    begin = np.unique(np.append(np.arange(0, len(area) - w, w // 2), len(area) - w - 1))
+    begin = begin[gaps[begin + w] == gaps[begin]]
+    went, moved = area[begin + w] - area[begin], s.q[begin + w + 1] - s.q[begin + 1]
     power = (went**2).sum(axis=0)
-    enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / w) > settings.min_motion_rad / 4
+    enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4
     ratio = (went * moved).sum(axis=0) / np.maximum(power, 1e-12)
     wrong = enough & ~((ratio > 1 / settings.max_unit_ratio) & (ratio < settings.max_unit_ratio))
     if wrong.any():
         k = int(np.argmax(wrong))
         text = f"q[{k}] moves {ratio[k]:.4g} times as far as dq[{k}] says"
         return [Found(Fault.UNITS, text)]
-    drift = np.abs(step[w:] - step[:-w])[whole]
+    drift = np.abs(moved - went)
     if drift.size and float(drift.max()) > settings.max_drift_rad:
         at, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
         text = (
             f"q[{joint}] leaves the integral of its velocity by {drift.max():.3g} rad within"
-            f" {settings.window_s:g} s, about row {int(np.flatnonzero(whole)[at]) + w}"
+            f" {settings.window_s:g} s, about row {int(begin[at]) + w}"
         )
         return [Found(Fault.DISCONTINUITY, text)]
     return []
@@ -384,20 +385,23 @@ def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
 
 
 def _state_and_joints(s: Signals, settings: CheckSettings) -> list[Found]:
-    """The tool goes where the joints take it: path lengths in proportion, speeds at the same times."""
+    """The tool goes where the joints take it: path lengths in proportion, and each step linear in those of
+    the joints, as by one Jacobian for the whole episode (Whitney 1969, "Resolved motion rate control of
+    manipulators and human prostheses", IEEE TMMS 10:47–53)."""
     pose = s.state[:, : settings.pose_dims]
     turned = s.frame_motion
     if not pose.shape[1] or turned.sum() < settings.min_motion_rad or len(turned) < STEPS_MIN:
         return []
-    went = np.linalg.norm(np.diff(pose, axis=0), axis=1)
-    ratio = float(went.sum() / turned.sum())
+    step, turn = np.diff(pose, axis=0), np.diff(s.frame_q, axis=0)
+    ratio = float(np.linalg.norm(step, axis=1).sum() / turned.sum())
     if not settings.min_pose_per_rad < ratio < settings.max_pose_per_rad:
         return [Found(Fault.UNITS, f"the state goes {ratio:.3g} (m or rad) for each rad of the joints")]
-    fit = correlation(went, turned)
-    varied = max(variation(went), variation(turned)) > settings.min_speed_variation
-    if varied and fit < settings.min_state_joint_correlation:
-        text = f"the state moves at other times than the joints: correlation of speeds {fit:.2f}"
-        return [Found(Fault.STATE_JOINTS, text)]
+    if len(turn) < 2 * turn.shape[1]:
+        return []  # anything would fit
+    jacobian, *_ = np.linalg.lstsq(turn, step, rcond=None)
+    r2 = 1.0 - float(((step - turn @ jacobian) ** 2).sum() / max(float((step**2).sum()), 1e-12))
+    if r2 < settings.min_state_joint_r2:
+        return [Found(Fault.STATE_JOINTS, f"the joints do not explain where the state goes: R² {r2:.2f}")]
     return []
 
 
@@ -437,6 +441,8 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
             return [
                 Found(Fault.UNITS, f"{who} actions lie {far:.3g} from the states; are they in the same unit?")
             ]
+        if s.operator is mine and (fault := _strays(target[rows] - pose[rows], step, settings)):
+            return fault
         commands = np.stack([target[rows] - pose[rows], target[rows - 1] - pose[rows]], axis=-1)
         if np.linalg.norm(step, axis=1).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
             continue
@@ -453,6 +459,20 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
         if size > settings.max_action_error:
             text = f"the step after frame {rows[worst]} is {size:.3g} off {who} action"
             return [Found(Fault.ACTION_STATE, text)]
+    return []
+
+
+def _strays(told: Floats, step: Floats, settings: CheckSettings) -> list[Found]:
+    """A person's targets ``told [K, D]``, from where the tool is, against its steps: along every axis that it
+    goes, they ask for about as much, and in that direction."""
+    asked, went = (told**2).sum(axis=0), (step**2).sum(axis=0)
+    moved = np.flatnonzero(went > AXIS_SHARE * went.sum())
+    ratio = np.sqrt(asked[moved] / went[moved])
+    toward = (told * step).sum(axis=0)[moved]
+    for axis, r, t in zip(moved.tolist(), ratio.tolist(), toward.tolist(), strict=True):
+        if t <= 0 or r > settings.max_action_ratio:
+            text = f"the operator's actions along state[{axis}] ask for {np.sign(t) * r:.2f} times the steps"
+            return [Found(Fault.ACTION_STATE, f"{text} that follow")]
     return []
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flywheel import episode
 from flywheel.config import CurateSettings
 from flywheel.curate.checks import Found, Signals, check_signals
-from flywheel.curate.pictures import check_pictures, check_stuck, decoded, grey, thumbnails
+from flywheel.curate.pictures import check_pictures, check_stuck, decoded, decoded_grey, thumbnails
 from flywheel.curate.repeats import Fingerprint
 from flywheel.dataset.yardstick import stretch_sha256
 from flywheel.episode import Episode
@@ -136,18 +136,19 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
         )
         return
     rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
-    images = {x: decoded(table, x, rows) for x in settings.cameras}
+    seen = {x: decoded_grey(table, x, rows) for x in settings.cameras}
     motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
-    greys = {x: grey(i) for x, i in images.items()}
-    faults = [f for x, i in greys.items() for f in check_pictures(i, x, motion, settings.checks)]
+    small = {x: thumbnails(images) for x, (images, _) in seen.items()}
+    faults = [
+        f for x, (i, _) in seen.items() for f in check_pictures(i, small[x], x, motion, settings.checks)
+    ]
     if _quarantined(c, faults):
         return
     c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
     first = settings.cameras[0]
-    looks = thumbnails(greys[first])
-    c.look = _resampled(looks, DESCRIPTOR_IMAGES)
-    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
-    c.mark = Fingerprint.of(s, rows, images[first], looks, settings.checks)
+    c.look = _resampled(small[first], DESCRIPTOR_IMAGES)
+    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(shape for _, shape in seen.values()))
+    c.mark = Fingerprint.of(s, rows, lambda some: decoded(table, first, some), small[first], settings.checks)
     c.stretch_sha256 = tuple(stretch_sha256(s.state[a:b], s.action[a:b]) for a, b in c.stretches)
     failed = _failed_ns(s)
     c.phase = _phase(s, failed)
@@ -156,7 +157,7 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     c.view_states = s.state[at].astype(np.float32)
     for x in settings.cameras:
         c.view_shapes[x] = decoded(table, x, at_failure).shape[1:]
-        if c.view_shapes[x] != images[x].shape[1:]:
+        if c.view_shapes[x] != seen[x][1]:
             raise EpisodeError(f"image.{x} in row {at_failure[0]}: is {c.view_shapes[x]}, unlike the others")
         c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
 

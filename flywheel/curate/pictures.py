@@ -21,6 +21,7 @@ MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
 MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
 MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
 THUMBNAIL_PX = 8
+GREY_PX = 128  # of the shorter side, that are left for the checks
 SHARP_PX = 64
 SHARP_SAMPLES = 24  # pictures of an episode that are looked at for blur
 
@@ -31,37 +32,53 @@ SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed b
 
 def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
+    return _decoded(frames, camera, rows, "RGB")[0]
+
+
+def decoded_grey(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> tuple[Grey, tuple[int, int, int]]:
+    """Luma of the images of one camera ``[len(rows), h, w]``, and the shape that they have in colour.
+
+    Large ones are decoded to a half, a quarter or an eighth of their size, as long as ``GREY_PX`` are left:
+    every byte is read all the same. ``EpisodeError`` as for ``decoded``.
+    """
+    images, (height, width) = _decoded(frames, camera, rows, "GRAY")
+    return images[..., 0].astype(np.float32), (height, width, 3)
+
+
+def _decoded(
+    frames: pa.Table, camera: str, rows: NDArray[np.int64], colorspace: str
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     import simplejpeg
 
-    column = frames.column(f"image.{camera}")
-    images: NDArray[np.uint8] | None = None
-    for k, row in enumerate(rows.tolist()):
-        data = column[row].as_py()
+    data = frames.column(f"image.{camera}").take(pa.array(rows)).to_pylist()
+    images: list[NDArray[np.uint8]] = []
+    first = (0, 0)
+    least: dict[str, int] = {}
+    for row, picture in zip(rows.tolist(), data, strict=True):
         try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            if not 0 < max(height, width) <= MAX_SIDE_PX:
+            size = height, width = simplejpeg.decode_jpeg_header(picture)[:2]
+            if not 0 < max(size) <= MAX_SIDE_PX:
                 raise ValueError(f"claims {height}×{width} px")
             if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
                 raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
-            if data.count(SCAN) > MAX_SCANS:
-                raise ValueError(f"is drawn in {data.count(SCAN)} scans")
-            if images is not None and (height, width) != images.shape[1:3]:
+            if picture.count(SCAN) > MAX_SCANS:
+                raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
+            if not images:
+                first = size
+                if colorspace == "GRAY" and (k := min(8, min(size) // GREY_PX)) > 1:
+                    k = 1 << (k.bit_length() - 1)
+                    least = {"min_height": -(-height // k), "min_width": -(-width // k)}
+            elif size != first:
                 raise ValueError(f"is {height}×{width} px, unlike the first one")
-            if images is None:
-                images = np.empty((len(rows), height, width, 3), np.uint8)
-            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=images[k])
+            images.append(simplejpeg.decode_jpeg(picture, colorspace=colorspace, **least))
         except ValueError as e:
             raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
-    return np.empty((0, 0, 0, 3), np.uint8) if images is None else images
+    return np.stack(images) if images else np.empty((0, 0, 0, 3), np.uint8), first
 
 
 def grey(images: NDArray[np.uint8]) -> Grey:
-    """Mean of the colours, 0 to 255: ``[N, H, W]`` of images ``[N, H, W, 3]``."""
-    total = images[..., 0].astype(np.float32)
-    total += images[..., 1]
-    total += images[..., 2]
-    total /= 3.0
-    return total
+    """Luma, 0 to 255 (ITU-R BT.601, as in JFIF): ``[N, H, W]`` of images ``[N, H, W, 3]``."""
+    return np.asarray(images @ np.array([0.299, 0.587, 0.114], np.float32), np.float32)
 
 
 def thumbnails(pictures: Grey) -> Floats:
@@ -96,8 +113,11 @@ def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckS
     return [Found(Fault.STUCK_IMAGE, text)]
 
 
-def check_pictures(images: Grey, camera: str, motion: Floats, settings: CheckSettings) -> list[Found]:
-    """Pictures ``[N, H, W]`` of one camera; ``motion [N-1]`` is how far the joints went in between, rad."""
+def check_pictures(
+    images: Grey, thumbs: Floats, camera: str, motion: Floats, settings: CheckSettings
+) -> list[Found]:
+    """Pictures ``[N, H, W]`` of one camera and their thumbnails ``[N, 8, 8]``; ``motion [N-1]`` is how far
+    the joints went in between, rad."""
     small = images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)]
     mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
     even = contrast < settings.min_contrast
@@ -119,7 +139,7 @@ def check_pictures(images: Grey, camera: str, motion: Floats, settings: CheckSet
     between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
     motion = motion[between]
     if len(motion) >= STEPS_MIN and variation(motion) > settings.min_speed_variation:
-        low, high = np.quantile(changes(thumbnails(images))[between], [0.1, 0.9])
+        low, high = np.quantile(changes(thumbs)[between], [0.1, 0.9])
         if motion.sum() > settings.min_motion_rad and high < settings.min_change_ratio * low:
             text = f"the pictures of {camera} change alike ({low:.2g} to {high:.2g}) however the arm moves"
             return [Found(Fault.STUCK_IMAGE, text)]

@@ -1,9 +1,11 @@
 """What only shows when episodes are held against each other.
 
-* ``repeated``: the same movement with the same pictures under another name. Changes that a copy may carry
-  (noise, another exposure or JPEG quality, a cut at either end, other times, seeds and names) leave its
-  fingerprint where it was: the joints and the pictures around the moment of the grasp. Candidate pairs come
-  from a k-d tree (Bentley 1975, CACM 18:509–517), so the cost is O(n log n) where repeats are few.
+* ``repeated``: the same movement with the same pictures under another name. A copy may carry noise, another
+  exposure or JPEG quality, other times, seeds and names, and may be a part of what it was made from. So short
+  windows of the joints' way are sought among those of all the others (subsequence matching: Faloutsos,
+  Ranganathan and Manolopoulos 1994, SIGMOD 23:419–429) in a k-d tree (Bentley 1975, CACM 18:509–517); what is
+  found fixes by how many frames one is shifted against the other, and then all frames that both have are
+  compared. The cost is O(n log n) in the frames.
 * ``image_motion``: pictures that change at other times than the arm moves, where those of the others change
   with it: of another episode, or of another camera. How closely they do depends on the scene, so the bar is
   the others' median less so many median deviations.
@@ -17,7 +19,7 @@ The outcome depends on the set of episodes alone, not on their order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +33,27 @@ from flywheel.curate.pictures import changes
 if TYPE_CHECKING:
     from flywheel.curate.examine import Candidate
 
-AROUND_S = np.linspace(-0.8, 0.8, 17)  # of the grasp, where the joints are compared
-LOOKS = (-6, -3, 0)  # frames before the grasp, where pictures are
+WINDOW = 3  # frames of joints that are sought among the others
+WINDOW_MOVES_RAD = 0.05  # less of a way says nothing: all start from one pose
+QUERIES = 6  # windows of an episode that are sought, evenly spread over it
+NEAREST = 24  # windows that are looked at for each
+OVERLAP_FRAMES = 8  # that two must have in common, and half of the shorter one
+GLARE = 0.9  # of white: what a longer exposure may have cut off
 NEIGHBOURS = 7
+CHANGE_MIN, MOTION_MIN_RAD = 1e-3, 1e-2  # less is noise: of thumbnails, of the joints between two frames
 MAD_MIN = 0.06
 AGREE_MIN = 12  # episodes that must agree before one is told that it does not
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an episode is known by. Its moment is the first grasp of the usable rows, else their middle."""
+    """What an episode is known by: its usable frames, and the moment of the first grasp in them (else their
+    middle)."""
 
-    joints: Floats  # [17, J] rad at AROUND_S
-    looks: Floats  # [3, 8, 8] grey thumbnails at LOOKS, mean 0 and deviation 1
+    joints: NDArray[np.float32]  # [N, J] rad
+    looks: NDArray[np.uint8]  # [N, 8, 8] grey thumbnails
     colours: Floats  # [C] what was before the tool at the grasp, as shares of colour
-    seen_motion: float  # correlation of the change of pictures with the motion of the joints
+    seen_motion: float  # correlation of the logarithms of the pictures' changes and the joints' motion
     let_go: Floats | None  # [pose_dims] where the last object was let go of
 
     @classmethod
@@ -53,28 +61,24 @@ class Fingerprint:
         cls,
         s: Signals,
         rows: NDArray[np.int64],
-        images: NDArray[np.uint8],
+        before_tool: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
         small: Floats,
         settings: CheckSettings,
     ) -> Fingerprint:
-        """From the usable ``rows`` of the frames, one camera's ``images [len(rows), H, W, 3]`` and their
-        thumbnails ``small [len(rows), 8, 8]``."""
+        """From the usable ``rows`` of the frames, one camera's thumbnails of them ``small [len(rows), 8, 8]``
+        and ``before_tool``, which gives its images of some of the rows ``[K, H, W, 3]``."""
         first, last = int(s.tick[rows[0]]), int(s.tick[rows[-1]])
         taken = np.flatnonzero(~s.held[first:last] & s.held[first + 1 : last + 1]) + 1 + first
         moment = int(taken[0]) if len(taken) else (first + last) // 2
-        t = (s.t_ns - s.t_ns[moment]) / 1e9
-        at = np.clip(np.searchsorted(t, AROUND_S), 0, len(t) - 1)
         frame = int(np.clip(np.searchsorted(s.tick[rows], moment) - 1, 0, len(rows) - 1))
-        looks = small[np.clip(frame + np.array(LOOKS), 0, len(rows) - 1)]
-        looks = looks - looks.mean(axis=(1, 2), keepdims=True)
-        looks /= np.maximum(looks.std(axis=(1, 2), keepdims=True), 1e-3)
         release = last_release(s)
-        motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
+        joints = s.frame_q[rows]
+        motion = np.linalg.norm(np.diff(joints, axis=0), axis=1)
         return cls(
-            joints=s.q[at],
-            looks=looks,
-            colours=colours(images[max(frame - 3, 0) : frame + 1]),
-            seen_motion=correlation(changes(small), motion),
+            joints=joints.astype(np.float32),
+            looks=np.rint(small * 255.0).astype(np.uint8),
+            colours=colours(before_tool(rows[max(frame - 3, 0) : frame + 1])),
+            seen_motion=correlation(np.log(changes(small) + CHANGE_MIN), np.log(motion + MOTION_MIN_RAD)),
             let_go=None
             if release is None
             else s.state[np.clip(np.searchsorted(s.tick, release), 0, len(s.tick) - 1), : settings.pose_dims],
@@ -97,7 +101,7 @@ def check_together(candidates: Sequence[Candidate], settings: CheckSettings) -> 
     pool = sorted((c for c in candidates if not c.reason and c.mark is not None), key=_name)
     shapes: dict[Any, list[Candidate]] = {}
     for c in pool:
-        shapes.setdefault((c.shape, c.mark and c.mark.joints.shape), []).append(c)
+        shapes.setdefault((c.shape, c.mark and c.mark.joints.shape[1]), []).append(c)
     for group in shapes.values():
         _other_objects(group, settings)
         _image_motion(group, settings)
@@ -118,25 +122,100 @@ def _marks(group: Sequence[Candidate]) -> list[Fingerprint]:
 
 
 def _repeated(group: Sequence[Candidate], settings: CheckSettings) -> None:
+    """Of each set of repeats the first stays. Sought again among those that stay: of very many repeats of one
+    not all are near each other's neighbours."""
+    while True:
+        group = [c for c in group if not c.reason]
+        found = sorted(_pairs(group, settings))
+        if not found:
+            return
+        for a, b, rms in found:
+            first, again = group[a], group[b]
+            if again.reason or first.reason:
+                continue
+            text = (
+                f"the movement (to {rms:.4f} rad) and the pictures of {first.episode_id}, under another name"
+            )
+            _quarantine(again, Found(Fault.REPEATED, text))
+
+
+def _pairs(group: Sequence[Candidate], settings: CheckSettings) -> Iterator[tuple[int, int, float]]:
+    """Pairs of repeats by their places in the group, the earlier first, and how far their joints differ."""
     from scipy.spatial import cKDTree
 
-    if len(group) < 2:
-        return
     marks = _marks(group)
-    joints = np.stack([m.joints.reshape(-1) for m in marks])
-    looks = np.stack([m.looks.reshape(-1) for m in marks])
-    radius = settings.repeat_rad * np.sqrt(joints.shape[1])
-    pairs = cKDTree(joints).query_pairs(radius, output_type="ndarray")
-    off = np.sqrt(((looks[pairs[:, 0]] - looks[pairs[:, 1]]) ** 2).mean(axis=1))
-    for a, b in sorted(pairs[off < settings.repeat_look].tolist()):
-        first, again = group[a], group[b]
-        if first.reason or again.reason or first.episode_id == again.episode_id:
-            continue
-        if first.content_sha256 == again.content_sha256:
+    moving = [_moving_windows(m.joints) for m in marks]
+    if sum(map(len, moving)) < 2:
+        return
+    owner = np.repeat(np.arange(len(marks)), [len(x) for x in moving])
+    start = np.concatenate(moving)
+    windows = np.concatenate([_windows(m.joints)[x] for m, x in zip(marks, moving, strict=True)])
+    ends = np.cumsum([len(x) for x in moving])
+    spread = [
+        np.unique(np.linspace(end - len(x), end - 1, QUERIES).round().astype(int))
+        for x, end in zip(moving, ends.tolist(), strict=True)
+        if len(x)
+    ]
+    asked = np.concatenate(spread)
+    radius = settings.repeat_rad * np.sqrt(windows.shape[1])
+    _, near = cKDTree(windows).query(
+        windows[asked], k=min(NEAREST, len(windows)), distance_upper_bound=radius
+    )
+    found = near < len(windows)
+    one, other = np.repeat(asked, found.sum(axis=1)), near[found]
+    shifts = np.column_stack([owner[one], owner[other], start[other] - start[one]])
+    swap = shifts[:, 0] > shifts[:, 1]
+    shifts[swap] = shifts[swap][:, [1, 0, 2]] * [1, 1, -1]
+    for a, b, by in np.unique(shifts[shifts[:, 0] != shifts[:, 1]], axis=0).tolist():
+        if group[a].episode_id == group[b].episode_id or group[a].content_sha256 == group[b].content_sha256:
             continue  # a plain copy, and told as one
-        rms = float(np.linalg.norm(joints[a] - joints[b]) / np.sqrt(joints.shape[1]))
-        text = f"the movement (to {rms:.4f} rad) and the pictures of {first.episode_id}, under another name"
-        _quarantine(again, Found(Fault.REPEATED, text))
+        rms = _same(marks[a], marks[b], by, settings)
+        if rms is not None:
+            yield a, b, rms
+
+
+def _windows(joints: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``[N - WINDOW + 1, WINDOW · J]``: the joints of each frame and of those that follow it."""
+    if len(joints) < WINDOW:
+        return np.empty((0, WINDOW * joints.shape[1]), np.float32)
+    wide = np.lib.stride_tricks.sliding_window_view(joints, WINDOW, axis=0)
+    return wide.reshape(len(wide), -1)
+
+
+def _moving_windows(joints: NDArray[np.float32]) -> NDArray[np.int64]:
+    if len(joints) < WINDOW:
+        return np.empty(0, np.int64)
+    return np.flatnonzero(
+        np.linalg.norm(joints[WINDOW - 1 :] - joints[: len(joints) - WINDOW + 1], axis=1) > WINDOW_MOVES_RAD
+    )
+
+
+def _same(a: Fingerprint, b: Fingerprint, by: int, settings: CheckSettings) -> float | None:
+    """Rms of the joints where frame ``i`` of ``a`` is frame ``i + by`` of ``b``; None if no repeats."""
+    low, high = max(0, -by), min(len(a.joints), len(b.joints) - by)
+    if high - low < max(OVERLAP_FRAMES, min(len(a.joints), len(b.joints)) / 2):
+        return None
+    rms = float(np.sqrt(((a.joints[low:high] - b.joints[low + by : high + by]) ** 2).mean()))
+    if rms > settings.repeat_rad:
+        return None
+    off = unlike(a.looks[low:high], b.looks[low + by : high + by])
+    return rms if off < settings.repeat_look else None
+
+
+def unlike(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """How little two series of thumbnails ``[N, 8, 8]`` look alike: rms of their differences once each has
+    mean 0 and deviation 1, the median over the pictures. Blocks of glare in either do not count: another
+    exposure would cut them off elsewhere."""
+    x, y = (v.reshape(len(v), -1) / 255.0 for v in (a, b))
+    seen = np.maximum(x, y) < GLARE
+    seen[seen.sum(axis=1) < x.shape[1] // 4] = True
+    n = seen.sum(axis=1, keepdims=True)
+
+    def even(v: Floats) -> Floats:
+        v = (v - (v * seen).sum(axis=1, keepdims=True) / n) * seen
+        return np.asarray(v / np.maximum(np.sqrt((v**2).sum(axis=1, keepdims=True) / n), 1e-3))
+
+    return float(np.median(np.sqrt(((even(x) - even(y)) ** 2).sum(axis=1) / n[:, 0])))
 
 
 def _image_motion(group: Sequence[Candidate], settings: CheckSettings) -> None:

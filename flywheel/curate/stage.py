@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,10 +19,9 @@ from flywheel.config import CurateSettings
 from flywheel.curate.clusters import CLUSTERS, Examples
 from flywheel.curate.embed import Encoder, NoEncoder
 from flywheel.curate.examine import Candidate, examine, read_frames
-from flywheel.curate.pictures import decoded
 from flywheel.curate.repeats import check_together
 from flywheel.curate.select import Selected, identity, select
-from flywheel.dataset import Clip, dataset_digest, write_dataset
+from flywheel.dataset import Clip, Jpegs, dataset_digest, write_dataset
 from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick, read_sources
 from flywheel.errors import EpisodeError, StageError
 from flywheel.schema import Strict, sha256_file
@@ -203,7 +201,10 @@ def _clips(
             part = table.slice(a, b - a)
             yield Clip(
                 task=part.column("instruction")[0].as_py(),
-                images={x: decoded(part, x, np.arange(b - a)) for x in settings.cameras},
+                images={
+                    x: Jpegs(part.column(f"image.{x}").to_pylist(), (b - a, *c.view_shapes[x]))
+                    for x in settings.cameras
+                },
                 state=episode.as_array(part, "state"),
                 action=episode.as_array(part, "action"),
                 capture_time_ns=episode.as_array(part, "t_ns") + c.manifest.clock_epoch_ns,

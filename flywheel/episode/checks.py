@@ -10,7 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel import schema
-from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, no_plain_file, open_parquet, too_large
+from flywheel.episode.bounds import (
+    FILE_BYTES_MAX,
+    inflates,
+    no_plain_file,
+    open_parquet,
+    read_bounded,
+    too_large,
+)
 from flywheel.episode.sealing import (
     Episode,
     UnknownVersion,
@@ -131,16 +138,22 @@ def _verify_file(
         problems.append(Problem(Reason.SHA256, name, text))
     try:
         with path.open("rb") as f:
-            file = open_parquet(f)
+            words = texts(name)
+            try:
+                file = open_parquet(f, words, checksums=bool(problems))
+            except KeyError:  # one is missing, and its absence is told below
+                file = open_parquet(f)
             # The footer first: a forged one must not make us inflate what the manifest does not admit.
             rows = file.metadata.num_rows
             if rows != entry.rows:
                 text = f"{rows} rows, but the manifest says {entry.rows}"
                 return [*problems, Problem(Reason.ROWS, name, text)]
-            check_schema(name, file.schema_arrow, manifest)
-            if (why := inflates(f, file, entry)) is not None:
+            check_schema(name, file.schema.to_arrow_schema(), manifest)
+            if (why := inflates(file, entry)) is not None:
                 return [*problems, Problem(Reason.TOO_LARGE, name, why)]
-            table = file.read()
+            table = read_bounded(file, words)
+            if isinstance(table, str):
+                return [*problems, Problem(Reason.TOO_LARGE, name, table)]
             table.validate(full=True)
     except EpisodeError as e:
         return [*problems, Problem(Reason.SCHEMA, name, str(e).removeprefix(f"{name}: "))]
@@ -148,6 +161,16 @@ def _verify_file(
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
     tables[name] = table
     return problems + _verify_values(name, table, manifest)
+
+
+def texts(name: str) -> list[str]:
+    """The columns of text of one of an episode's files."""
+    kind = {
+        schema.CONTROL_FILE: schema.control_schema(1),
+        schema.FRAMES_FILE: schema.frames_schema((), 1, 1, 1),
+        schema.EVENTS_FILE: schema.EVENTS_SCHEMA,
+    }[name]
+    return [f.name for f in kind if pa.types.is_string(f.type)]
 
 
 def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Problem]:
