@@ -35,7 +35,7 @@ INTERVENTION = "intervention"
 
 @dataclass(frozen=True)
 class Jpegs:
-    """Pictures as the robot recorded them; ``shape`` ``(N, H, W, 3)`` is theirs, as the caller has made sure."""
+    """Pictures as the robot recorded them. ``shape`` ``(N, H, W, 3)``: the caller has made sure of it."""
 
     data: Sequence[bytes]
     shape: tuple[int, ...]

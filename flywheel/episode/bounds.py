@@ -46,12 +46,12 @@ def no_plain_file(path: Path) -> str | None:
     return f"is {next((k for k, test in kinds.items() if test(mode)), 'a device')}, not a file of the episode"
 
 
-def open_parquet(f: BinaryIO, texts: Sequence[str] = (), checksums: bool = True) -> pq.ParquetFile:
-    """A Parquet file of unknown origin. ``texts``: its columns of text, for ``read_bounded``. Whoever has
-    compared the file's sha256 needs no ``checksums`` of its pages. Raises ``KeyError`` without such a text."""
-    return pq.ParquetFile(
-        f, page_checksum_verification=checksums, read_dictionary=list(texts) or None, **_THRIFT
-    )
+def open_parquet(f: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """A Parquet file of unknown origin; ``texts``: its columns of text, for ``read_bounded``.
+
+    Raises ``KeyError`` where it has no such column.
+    """
+    return pq.ParquetFile(f, page_checksum_verification=True, read_dictionary=list(texts) or None, **_THRIFT)
 
 
 def too_large(entry: FileEntry, manifest: Manifest) -> str | None:
