@@ -206,11 +206,32 @@ class _Rows:
         self._file.write_table(pa.table(arrays, schema=self._schema))
         place = {"data/chunk_index": self._chunk, "data/file_index": self._index}
         span = {"dataset_from_index": start, "dataset_to_index": start + n}
-        meta.save_episode(episode, n, [clip.task], _stats(clip, columns), {**place, **span})
+        self._remember(episode, n, clip.task, _stats(clip, columns), {**place, **span})
+
+    def _remember(
+        self, episode: int, length: int, task: str, stats: dict[str, dict[str, Any]], place: dict[str, int]
+    ) -> None:
+        """lerobot's ``save_episode`` of the metadata, but for the two documents that it writes anew for every
+        episode: nobody sees this dataset before it is whole."""
+        from lerobot.datasets.compute_stats import aggregate_stats
+        from lerobot.utils.utils import flatten_dict
+
+        meta = self._meta
+        row = {"episode_index": episode, "tasks": [task], "length": length, **place}
+        meta._save_episode_metadata({**row, **flatten_dict({"stats": stats})})
+        meta.info.total_episodes += 1
+        meta.info.total_frames += length
+        meta.info.total_tasks = len(meta.tasks)
+        meta.info.splits = {"train": f"0:{meta.info.total_episodes}"}
+        meta.stats = stats if meta.stats is None else aggregate_stats([meta.stats, stats])
 
     def close(self) -> None:
+        from lerobot.datasets.io_utils import write_info, write_stats
+
         if self._file is not None:
             self._file.close()
+        write_info(self._meta.info, self._root)
+        write_stats(self._meta.stats, self._root)
         self._meta.finalize()
         # lerobot orders the statistics by the hash of their names, which differs from run to run.
         path = self._root / "meta" / "stats.json"
