@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one o
 THUMBNAIL_PX = 8
 GREY_PX = 128  # of the shorter side, that are left for the checks
 SHARP_PX = 64
-SHARP_SAMPLES = 24  # pictures of an episode that are looked at for blur
+SHARP_SAMPLES = 12  # pictures of an episode that are looked at for blur
 
 Grey = NDArray[np.float32]  # [N, H, W], 0 to 255
 
@@ -83,13 +85,19 @@ def grey(images: NDArray[np.uint8]) -> Grey:
 
 def thumbnails(pictures: Grey) -> Floats:
     """``[N, 8, 8]`` in 0..1 of grey pictures ``[N, H, W]`` by averaging blocks."""
-    small: Floats = pictures.astype(np.float64)
-    for axis in (1, 2):
-        edges = np.array([len(x) for x in np.array_split(np.arange(small.shape[axis]), THUMBNAIL_PX)])
-        starts = np.cumsum(edges) - edges
-        sums = np.add.reduceat(small, starts, axis=axis)
-        small = sums / (edges[:, None] if axis == 1 else edges)
-    return np.asarray(small / 255.0, np.float64)
+    return np.asarray(blocks(blocks(pictures, THUMBNAIL_PX, 1), THUMBNAIL_PX, 2) / 255.0, np.float64)
+
+
+def blocks(values: NDArray[Any], count: int, axis: int) -> NDArray[Any]:
+    """Means of ``count`` blocks along an axis, as even as ``np.array_split`` makes them."""
+    size = values.shape[axis]
+    if size < count:
+        return blocks(np.repeat(values, count, axis=axis), count, axis)
+    starts = np.arange(count) * (size // count) + np.minimum(np.arange(count), size % count)
+    length = np.diff(np.append(starts, size)).astype(np.float32)
+    shape = [1] * values.ndim
+    shape[axis] = count
+    return np.asarray(np.add.reduceat(values, starts, axis=axis) / length.reshape(shape))
 
 
 def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
@@ -118,7 +126,7 @@ def check_pictures(
 ) -> list[Found]:
     """Pictures ``[N, H, W]`` of one camera and their thumbnails ``[N, 8, 8]``; ``motion [N-1]`` is how far
     the joints went in between, rad."""
-    small = images[:, :: max(1, images.shape[1] // 64), :: max(1, images.shape[2] // 64)]
+    small = images[:, :: max(1, images.shape[1] // 32), :: max(1, images.shape[2] // 32)]
     mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
     even = contrast < settings.min_contrast
     black, white = even & (mean < settings.black_level), even & (mean > settings.white_level)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
 from flywheel.curate.checks import Fault, Floats, Found, Signals, correlation, last_release
-from flywheel.curate.pictures import changes
+from flywheel.curate.pictures import blocks, changes
 
 if TYPE_CHECKING:
     from flywheel.curate.examine import Candidate
@@ -88,11 +88,8 @@ class Fingerprint:
 def colours(images: NDArray[np.uint8]) -> Floats:
     """Shares of red and green in the inner half of images ``[N, H, W, 3]``, on a grid of 4 × 4: ``[32]``."""
     h, w = images.shape[1:3]
-    inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].astype(np.float64).mean(axis=0)
-    if min(inner.shape[:2]) < 4:
-        inner = np.repeat(np.repeat(inner, 4, axis=0), 4, axis=1)
-    rows = np.array_split(inner, 4)
-    grid = np.array([[b.mean(axis=(0, 1)) for b in np.array_split(r, 4, axis=1)] for r in rows])
+    inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean(axis=0, dtype=np.float64)
+    grid = blocks(blocks(inner, 4, 0), 4, 1)
     return np.asarray((grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1))
 
 

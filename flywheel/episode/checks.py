@@ -38,6 +38,17 @@ _FINITE = {
 }
 
 
+# The columns of text of each file.
+_TEXTS = {
+    name: [f.name for f in kind if pa.types.is_string(f.type)]
+    for name, kind in (
+        (schema.CONTROL_FILE, schema.control_schema(1)),
+        (schema.FRAMES_FILE, schema.frames_schema((), 1, 1, 1)),
+        (schema.EVENTS_FILE, schema.EVENTS_SCHEMA),
+    )
+}
+
+
 class Reason(StrEnum):
     """Why an episode is not what it says it is."""
 
@@ -138,7 +149,7 @@ def _verify_file(
         problems.append(Problem(Reason.SHA256, name, text))
     try:
         with path.open("rb") as f:
-            words = texts(name)
+            words = _TEXTS[name]
             try:
                 file = open_parquet(f, words)
             except KeyError:  # one is missing, and its absence is told below
@@ -161,16 +172,6 @@ def _verify_file(
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
     tables[name] = table
     return problems + _verify_values(name, table, manifest)
-
-
-def texts(name: str) -> list[str]:
-    """The columns of text of one of an episode's files."""
-    kind = {
-        schema.CONTROL_FILE: schema.control_schema(1),
-        schema.FRAMES_FILE: schema.frames_schema((), 1, 1, 1),
-        schema.EVENTS_FILE: schema.EVENTS_SCHEMA,
-    }[name]
-    return [f.name for f in kind if pa.types.is_string(f.type)]
 
 
 def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Problem]:
