@@ -73,10 +73,12 @@ def lerobots(root: Path, made: list[Clip]) -> None:
         f"local/{root.name}", FPS, features(made[0]), root=root, robot_type="flywheel", use_videos=False
     )
     for c in made:
+        pixels = c.images["wrist"]
+        assert isinstance(pixels, np.ndarray), "as_arrays comes first"
         for i in range(len(c)):
             dataset.add_frame(
                 {
-                    "observation.images.wrist": c.images["wrist"][i],
+                    "observation.images.wrist": pixels[i],
                     "observation.state": c.state[i],
                     "action": c.action[i],
                     "capture_time_ns": c.capture_time_ns[i : i + 1],
