@@ -13,10 +13,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from flywheel.config import RecorderSettings
 from flywheel.edge import realtime, rows
@@ -24,7 +24,7 @@ from flywheel.edge.images import FrameRing
 from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Seqlock, Words, aligned
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import CONTROL_WORDS
+from flywheel.edge.tick import CONTROL_WORDS
 from flywheel.edge.trace import trace_dtype
 from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.schema import Bundle, Strict, sha256_bytes
@@ -82,12 +82,21 @@ class Plan(Strict):
     threads: int = 1
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
+    # How long before each deadline System 1 wakes, at most a quarter of its period. Not without a core of its
+    # own: it would take this much from everything else.
+    early_us: Annotated[float, Field(ge=0, le=1000)] = 100.0
     others: tuple[int, ...] = ()  # cores of everything else
     recording: Recording | None = None
     supervision: SupervisionSettings = SupervisionSettings()
     # How long a robot whose supervisor is gone holds still for another one to take it over, then it ends.
     orphan_s: float = 0.0
     trace_rows: int = 0  # keep so many rows of the executed reference in full precision (benchmarks)
+
+    @field_validator("cameras")
+    @classmethod
+    def _in_order(cls, value: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """By name: the layout of the shared memory must not depend on who wrote the plan down."""
+        return dict(sorted(value.items()))
 
     @property
     def ref(self) -> BundleRef:
