@@ -18,7 +18,7 @@ import socket
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -143,7 +143,18 @@ class ExportSettings(Section):
     """From checkpoint to bundle."""
 
     num_steps: Count = 4  # denoising steps
-    parity_atol: Positive = 1e-3  # largest error against PyTorch, normalised actions
+    # Against PyTorch, both: largest error of a normalised action; error of a chunk over its size (rms).
+    parity_atol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_rtol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_observations: Count = 8  # recorded ones where a dataset is given
+    precision: Literal["float32", "float16", "int8"] = "float32"  # of the weights
+    # A smaller precision is refused beyond these, or if in the twin more success may be lost.
+    reduced_atol: Annotated[float, Field(gt=0, le=2.0)] = 0.5
+    reduced_rtol: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    closed_loop_shift: str = "lab"
+    closed_loop_pairs: Annotated[int, Field(ge=0)] = 120  # 0: not measured
+    closed_loop_seed: Seed = 0
+    max_success_drop: Annotated[float, Field(gt=0, le=0.2)] = 0.05  # the interval must lie above it
 
 
 class GateSettings(Section):

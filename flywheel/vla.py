@@ -1,11 +1,15 @@
 """A policy checkpoint on disk: lerobot's files, with the backbone's description beside them.
 
     config.json  model.safetensors  policy_preprocessor*.{json,safetensors}  policy_postprocessor*…
-    vlm/         configuration, tokenizer and image processor of the vision-language backbone
-    bundle/      the exported policy bundle (models/base and released checkpoints)
+    vlm/            configuration, tokenizer and image processor of the vision-language backbone
+    signature.json  what states and actions mean (``Signature``); absent for the twin's cell
+    bundle/         the exported policy bundle (models/base and released checkpoints)
 
 lerobot stores where the backbone was when it was trained. Here the stored name is always ``vlm``, and it is
-resolved against the checkpoint's own directory on loading, so that a checkpoint can be moved.
+resolved against the checkpoint's own directory on loading, so that a checkpoint can be moved. A checkpoint
+from elsewhere needs ``vlm/`` put beside its files (of SmolVLM2-500M-Video-Instruct, for the published
+SmolVLA; no weights: they are in model.safetensors) and, for another robot than the twin's, its
+``signature.json``.
 """
 
 from __future__ import annotations
@@ -15,12 +19,59 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
 
 from flywheel.errors import BundleError
+from flywheel.schema import Strict
 
 BACKBONE = "vlm"
+SIGNATURE_FILE = "signature.json"
+BACKBONE_FILES = (f"{BACKBONE}/config.json", f"{BACKBONE}/tokenizer.json")
 NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
+
+
+class Signature(Strict):
+    """``signature.json``: what lerobot's files leave unsaid about a policy's states, actions and times."""
+
+    schema_version: Literal[1] = 1
+    state_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    action_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    action_space: Literal["tool_position_suction", "joint_position"]
+    step_ns: Annotated[int, Field(gt=0)]  # between two steps of a chunk
+    execute: Annotated[int, Field(ge=0)] = 0  # steps executed before the next chunk; 0: half of it
+    relative: Annotated[int, Field(ge=0)] = 0  # the first so many actions are relative to the same states
+
+    @model_validator(mode="after")
+    def _relative_fits(self) -> Self:
+        if self.relative > min(len(self.state_names), len(self.action_names)):
+            raise ValueError(f"relative = {self.relative}: more than there are states or actions")
+        return self
+
+
+TWIN = Signature(
+    state_names=("tool_x", "tool_y", "tool_z", "held"),
+    action_names=("tool_x", "tool_y", "tool_z", "suction"),
+    action_space="tool_position_suction",
+    step_ns=100_000_000,
+    relative=3,
+)
+
+
+def signature(directory: Path) -> Signature:
+    """A checkpoint's ``signature.json``, the twin's without one; ``BundleError`` names what is wrong."""
+    path = directory / SIGNATURE_FILE
+    if not path.exists():
+        return TWIN
+    try:
+        return Signature.model_validate_json(path.read_bytes())
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "document"
+        raise BundleError(f"{path}: {where}: {first['msg']}") from None
+    except OSError as e:
+        raise BundleError(f"{path}: cannot be read: {e.strerror}") from None
 
 
 def offline() -> None:
@@ -32,10 +83,11 @@ def offline() -> None:
 
 def check(directory: Path) -> None:
     """Raise ``BundleError`` if something of a checkpoint is missing."""
-    for name in (*NEEDED, f"{BACKBONE}/config.json"):
+    for name in (*NEEDED, *BACKBONE_FILES):
         if not (directory / name).is_file():
             raise BundleError(
-                f"{directory / name}: no such file; a checkpoint holds {', '.join(NEEDED)} and {BACKBONE}/"
+                f"{directory / name}: no such file; a checkpoint holds {', '.join(NEEDED)} and, in "
+                f"{BACKBONE}/, the configuration, tokenizer and processor of its backbone"
             )
 
 
@@ -66,6 +118,7 @@ def load(directory: Path) -> Checkpoint:
         raise BundleError(f"{directory / 'config.json'}: type = {config.type!r}; this exports 'smolvla'")
     backbone = str((directory / BACKBONE).absolute())
     config.vlm_model_name = backbone
+    config.load_vlm_weights = False  # the checkpoint's own follow; vlm/ has none
     config.device = "cpu"
     policy = SmolVLAPolicy.from_pretrained(directory, config=config)
     policy.eval()
@@ -74,7 +127,9 @@ def load(directory: Path) -> Checkpoint:
         pretrained_path=str(directory),
         preprocessor_overrides={"tokenizer_processor": {"tokenizer_name": backbone}},
     )
-    normaliser: Any = next(s for s in pre.steps if hasattr(s, "_tensor_stats"))
+    normaliser: Any = next((s for s in pre.steps if hasattr(s, "_tensor_stats")), None)
+    if normaliser is None:
+        raise BundleError(f"{directory / 'policy_preprocessor.json'}: has no normalizer_processor")
     stats = {key: dict(values) for key, values in normaliser._tensor_stats.items()}
     return Checkpoint(policy, pre, post, stats)
 
@@ -96,6 +151,7 @@ def _rename_backbone(directory: Path, name: str) -> None:
     config = directory / "config.json"
     doc = json.loads(config.read_text())
     doc["vlm_model_name"] = name
+    doc["load_vlm_weights"] = False
     doc["pretrained_path"] = None
     config.write_text(json.dumps(doc, indent=2) + "\n")
     processor = directory / "policy_preprocessor.json"

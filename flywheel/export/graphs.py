@@ -39,13 +39,18 @@ class Prefix(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        width, height = self.config.resize_imgs_with_padding
-        views = []
+        views, present = [], []
         for i in range(images.shape[1]):
             view = images[:, i].permute(0, 3, 1, 2).to(torch.float32) / 255.0
-            views.append(resize_with_pad(view, height, width, pad_value=0) * 2.0 - 1.0)
+            if self.config.resize_imgs_with_padding is not None:
+                width, height = self.config.resize_imgs_with_padding
+                view = resize_with_pad(view, height, width, pad_value=0)
+            views.append(view * 2.0 - 1.0)
+            present.append(torch.ones(images.shape[0], dtype=torch.bool))
+        for _ in range(self.config.empty_cameras):  # as lerobot fills in for cameras that are not there
+            views.append(torch.full_like(views[0], -1.0))
+            present.append(torch.zeros(images.shape[0], dtype=torch.bool))
         normal = pad_vector((state - self.mean) / (self.std + 1e-8), self.config.max_state_dim)
-        present = [torch.ones(images.shape[0], dtype=torch.bool) for _ in views]
         embedded, padding, attention = self.model.embed_prefix(
             views, present, tokens, token_mask, state=normal
         )
