@@ -136,7 +136,10 @@ class TrainSettings(Section):
     seed: Seed = 0
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch
     threads: Annotated[int, Field(ge=1, le=256)] = 2  # of all processes together
-    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights; 16 is usual, adapters are merged
+    # New frames in which a person acted count so often; 1 as often as any other.
+    intervention_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 200  # what a killed run goes on from; 0: none
 
 
 class ExportSettings(Section):

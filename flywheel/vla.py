@@ -134,6 +134,23 @@ def load(directory: Path) -> Checkpoint:
     return Checkpoint(policy, pre, post, stats)
 
 
+def statistics(directory: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint normalises with, by feature and figure (mean, std, …); loads no weights."""
+    from safetensors.numpy import load_file
+
+    steps = json.loads((directory / "policy_preprocessor.json").read_text())["steps"]
+    names = [s.get("state_file") for s in steps if s.get("registry_name") == "normalizer_processor"]
+    if len(names) != 1 or not names[0] or not (directory / names[0]).is_file():
+        raise BundleError(
+            f"{directory / 'policy_preprocessor.json'}: names no file of statistics that is there"
+        )
+    out: dict[str, dict[str, Any]] = {}
+    for name, value in load_file(directory / names[0]).items():
+        feature, _, figure = name.rpartition(".")
+        out.setdefault(feature, {})[figure] = value
+    return out
+
+
 def localise(directory: Path) -> None:
     """Make every stored path of a checkpoint relative to it."""
     _rename_backbone(directory, BACKBONE)

@@ -6,22 +6,28 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flywheel.config import TrainSettings
 from flywheel.dataset import dataset_digest
 from flywheel.errors import StageError
+from flywheel.schema import sha256_file
 from flywheel.train import ranks
 from flywheel.train.loop import Job
-from flywheel.vla import localise, working_copy
+from flywheel.train.merging import ADAPTER, merge
+from flywheel.vla import BACKBONE, SIGNATURE_FILE, check, localise, working_copy
 
+NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
 OnProgress = Callable[[int, int, float], None]  # step, of, loss
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``loss``: mean over the last log window. ``shares``: frames of (new data, replay)."""
+    """``loss``: mean over the last log window. ``shares``: frames of (new data, replay).
+
+    ``interventions``: share of the frames in which a person acted; ``resumed``: at which step, 0 if not.
+    """
 
     steps: int
     loss: float
@@ -32,6 +38,8 @@ class TrainResult:
     dataset_digest: str
     replay_digest: str
     seconds: float
+    interventions: float = 0.0
+    resumed: int = 0
 
 
 def train(
@@ -47,7 +55,9 @@ def train(
     """Fine-tune the checkpoint ``policy`` on ``dataset`` mixed with ``replay``; the result goes to ``out``.
 
     ``curve`` is a TSV (step, loss, lr) that DVC plots. Normalisation stays the checkpoint's: it is part of
-    what its weights mean.
+    what its weights mean. A run that was ended is gone on with from its last checkpoint
+    (``settings.checkpoint_steps``) by the same call with the same data, policy and settings; what it left of
+    any other run is removed.
 
     Raises:
         BundleError: ``policy`` is no checkpoint.
@@ -56,23 +66,31 @@ def train(
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
     datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
+    digests = [dataset_digest(d) for d in datasets]
+    check(policy)
     work = out.with_name(out.name + ".work")
-    shutil.rmtree(work, ignore_errors=True)
-    start = working_copy(policy, work / "start")
-    log: list[tuple[int, float, float]] = []
+    job, log, resumed = _prepare(work, policy, datasets, digests, settings)
 
     def note(step: int, loss: float, rate: float) -> None:
         log.append((step, loss, rate))
+        with (work / NOTES).open("a") as f:
+            f.write(json.dumps(log[-1]) + "\n")
         if on_progress is not None:
             on_progress(step, settings.steps, loss)
 
-    mixed = ranks.run(Job(start, tuple(datasets), work / "run", settings), note)
+    mixed = ranks.run(job, note)
     if not log or not all(loss == loss for _, loss, _ in log):
         raise StageError(f"{dataset}: training gave no finite loss; see the log above")
-    last = work / "run" / "checkpoints" / "last" / "pretrained_model"
+    last = job.last / "pretrained_model"
     staging = work / "done"
-    shutil.copytree(last, staging)
-    shutil.copytree(policy / "vlm", staging / "vlm", dirs_exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    if (last / ADAPTER).exists():
+        merge(last, job.start, staging)
+    else:
+        shutil.copytree(last, staging)
+    shutil.copytree(policy / BACKBONE, staging / BACKBONE, dirs_exist_ok=True)
+    if (policy / SIGNATURE_FILE).exists():
+        shutil.copyfile(policy / SIGNATURE_FILE, staging / SIGNATURE_FILE)
     (staging / "train_config.json").unlink(missing_ok=True)  # holds paths of this run
     localise(staging)
     shutil.rmtree(out, ignore_errors=True)
@@ -89,10 +107,42 @@ def train(
         new_frames=mixed.frames[0],
         replay_frames=sum(mixed.frames[1:]),
         shares=mixed.shares,
-        dataset_digest=dataset_digest(dataset),
+        dataset_digest=digests[0],
         replay_digest=dataset_digest(replay) if replay is not None else "",
         seconds=time.monotonic() - started,
+        interventions=mixed.interventions,
+        resumed=resumed,
     )
+
+
+def _prepare(
+    work: Path, policy: Path, datasets: list[Path], digests: list[str], settings: TrainSettings
+) -> tuple[Job, list[tuple[int, float, float]], int]:
+    """The job, what it has noted, its step: an earlier run's, if that was the same and got so far."""
+    mine = json.dumps(
+        [sha256_file(policy / "model.safetensors"), digests, settings.model_dump(mode="json")], sort_keys=True
+    )
+    job = Job(work / "start", tuple(datasets), work / "run", settings)
+    step = _step(job)
+    if step and (work / MINE).exists() and (work / MINE).read_text() == mine:
+        noted = [json.loads(line) for line in (work / NOTES).read_text().splitlines()]
+        log = [(int(s), float(loss), float(rate)) for s, loss, rate in noted if s <= step]
+        (work / NOTES).write_text("".join(json.dumps(row) + "\n" for row in log))
+        return replace(job, resume=True), log, step
+    shutil.rmtree(work, ignore_errors=True)
+    working_copy(policy, job.start)
+    (work / NOTES).touch()
+    (work / MINE).write_text(mine)
+    return job, [], 0
+
+
+def _step(job: Job) -> int:
+    """Of the newest checkpoint that is complete; 0 without one."""
+    try:
+        doc = json.loads((job.last / "training_state" / "training_step.json").read_text())
+        return int(doc["step"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def write_metrics(result: TrainResult, path: Path) -> None:
