@@ -20,8 +20,10 @@ from flywheel.vla import BACKBONE, SIGNATURE_FILE, Signature, localise, offline
 WORDS = tuple(
     f"pick the {c} box and place it in the bin" for c in ("red", "green", "blue", "yellow", "purple")
 )
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>")
-_SPECIAL += ("<global-img>", "<video>", "<end_of_utterance>")
+_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>"),
+    *("<global-img>", "<video>", "<end_of_utterance>"),
+)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _bundle(
         )
     for key, size in (("observation.state", states), ("action", actions)):
         for figure in ("mean", "std"):
-            have = np.shape(loaded.stats.get(key, {}).get(figure))
+            have = np.shape(loaded.stats.get(key, {}).get(figure, 0.0))
             if have != (size,):
                 raise StageError(
                     f"{checkpoint / 'policy_preprocessor.json'}: {key} has no {figure} of {size} numbers "

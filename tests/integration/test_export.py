@@ -107,7 +107,7 @@ def test_a_policy_of_another_shape_is_exported_as_lerobot_runs_it(
 class Eyes:
     """Perception of an arm with three cameras."""
 
-    cameras = ("top", "left", "wrist", "unused")
+    cameras: tuple[str, ...] = ("top", "left", "wrist", "unused")
 
     def observe(self) -> Observation:
         images, state = look(5)
