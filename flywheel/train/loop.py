@@ -22,7 +22,9 @@ from flywheel.dataset.frames import ACTION, STATE
 from flywheel.dataset.writing import INTERVENTION
 from flywheel.vla import offline, signature, statistics
 
-LORA_TARGETS = "all-linear"  # measured: lerobot's own targets do not adapt the eyes, and learn no new sight
+# Every linear layer but the unused head (peft's "all-linear" knows transformers' models alone). Measured:
+# lerobot's own targets leave the eyes as they are, and do not mend a shift that is seen.
+LORA_TARGETS = r"model\.(?!.*lm_head).*(_proj|\.proj|\.fc[12]|_mlp_in|_mlp_out)"
 Note = Callable[[int, float, float], None]  # step, loss, learning rate
 
 
