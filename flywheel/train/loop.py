@@ -22,9 +22,9 @@ from flywheel.dataset.frames import ACTION, STATE
 from flywheel.dataset.writing import INTERVENTION
 from flywheel.vla import offline, signature, statistics
 
-# Every linear layer but the unused head (peft's "all-linear" knows transformers' models alone). Measured:
-# lerobot's own targets leave the eyes as they are, and do not mend a shift that is seen.
-LORA_TARGETS = r"model\.(?!.*lm_head).*(_proj|\.proj|\.fc[12]|_mlp_in|_mlp_out)"
+# Every linear layer but the unused head (which peft's "all-linear" adapts, and then stores the vocabulary).
+# Measured: lerobot's own targets leave the eyes as they are, and do not mend a shift that is seen.
+LORA_TARGETS = r"model\.(?!.*_head).*(_proj|\.proj|\.fc[12]|_mlp_in|_mlp_out)"
 Note = Callable[[int, float, float], None]  # step, loss, learning rate
 
 
@@ -32,9 +32,13 @@ class RelativeActions(CachedDataset):
     """Items whose actions are relative to the same item's state, in their first ``relative`` numbers."""
 
     relative: int = 0
+    before_first: Callable[[], None] | None = None  # called once, before the first item is made
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """As ``CachedDataset``; ``action[..., :relative]`` minus ``observation.state[:relative]``."""
+        if self.before_first is not None:
+            call, self.before_first = self.before_first, None
+            call()
         item = super().__getitem__(index)
         now = item[STATE].reshape(-1, item[STATE].shape[-1])[-1]  # lerobot may ask for a history
         item[ACTION][..., : self.relative] -= now[: self.relative]
@@ -115,6 +119,7 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
     from lerobot.configs.default import DatasetConfig, PeftConfig, WandBConfig
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.datasets.factory import resolve_delta_timestamps
+    from lerobot.datasets.sampler import EpisodeAwareSampler
     from lerobot.scripts import lerobot_train
     from lerobot.utils import sample_weighting
     from lerobot.utils.sample_weighting import SampleWeightingConfig
@@ -179,10 +184,25 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
             torch.manual_seed(settings.seed + rank)  # or all ranks would draw the same noise
         return data, None
 
+    class Order(EpisodeAwareSampler):
+        """lerobot's order of frames. Accelerate counts epochs from 0 again in a run that is resumed."""
+
+        first = 0
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            super().load_state_dict(state)
+            self.first = state["epoch"]
+
+        def set_epoch(self, epoch: int) -> None:
+            super().set_epoch(self.first + epoch)
+
     def resumed(*args: Any, **options: Any) -> Any:
         found = load_training_state(*args, **options)
         if rank > 0:  # the state is the first rank's
             torch.manual_seed(settings.seed + rank + ranks * found[0])
+        # The loader draws a number as it starts, which the run that was ended did long before.
+        state = torch.get_rng_state()
+        data.before_first = lambda: torch.set_rng_state(state)
         return found
 
     module: Any = lerobot_train
@@ -192,6 +212,7 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
         (module, "make_train_eval_datasets"): datasets,
         (module, "WandBLogger"): Logger,
         (module, "load_training_state"): resumed,
+        (module, "EpisodeAwareSampler"): Order,
         # It would look for what to resume in the command line, which is not its own here.
         (TrainPipelineConfig, "_resolve_pretrained_from_cli"): lambda _: None,
         (weighting, "make_sample_weighter"): lambda *_, **__: InterventionWeights(

@@ -74,7 +74,9 @@ def test_lora_adapts_every_linear_layer_by_its_rank_and_is_merged(data: Path, tm
     changed = {k: after[k] - before[k] for k in before if not np.array_equal(before[k], after[k])}
     for part in ("vision_model", "text_model", "lm_expert"):
         assert any(part in k for k in changed), f"{part} is not adapted"
-    assert all(np.linalg.matrix_rank(d, tol=1e-6 * np.abs(d).max()) <= 3 for d in changed.values())
+    for name, difference in changed.items():  # the sum was rounded to float32
+        sizes = np.linalg.svd(difference, compute_uv=False)
+        assert sizes[3] < 1e-3 * sizes[0], name
     assert {p.name for p in (tmp_path / "out").iterdir()} >= set(NEEDED)
     assert not list((tmp_path / "out").glob("adapter*"))
     assert not load(tmp_path / "out").policy.config.use_peft
