@@ -21,18 +21,13 @@ from onnx import numpy_helper
 from flywheel.config import ExportSettings
 from flywheel.edge.link import Records, Ring
 from flywheel.edge.policy import Policy, runs_on
-from flywheel.edge.processes import Plan
 from flywheel.edge.rows import EventLog, event_dtype
-from flywheel.edge.runtime import Wall, bundle_ref
 from flywheel.edge.safety import SafetyLimits
-from flywheel.edge.supervision import SupervisionSettings
 from flywheel.edge.system2 import System2
 from flywheel.errors import BundleError, StageError
 from flywheel.export import blank, export, stage
 from flywheel.robot import FloatArray, Image, Observation
 from flywheel.schema import Bundle, bundle_digest
-from tests.arms import CAMERAS
-from tests.robots import write_limits
 
 pytestmark = pytest.mark.integration
 BASE = Path(__file__).parents[2] / "models" / "base"
@@ -138,36 +133,6 @@ def test_system_2_runs_it_and_publishes_its_chunk(exported: tuple[Path, stage.Ex
     images, state = look(5)
     expected = policy.infer(images, state, "pick the red box").actions
     np.testing.assert_allclose(chunk["q"][0, :7], 1e-3 * np.tanh(expected[:, :5]), atol=1e-12)
-
-
-@pytest.mark.slow
-def test_the_supervisor_runs_it_in_processes_and_swaps_it(
-    exported: tuple[Path, stage.ExportResult], tmp_path: Path
-) -> None:
-    """Slow policies need patience, which is the plan's to give: nothing else is special about them."""
-    bundle = Bundle.model_validate_json((exported[0] / "policy.json").read_bytes())
-    shutil.copytree(exported[0], tmp_path / "other")
-    (tmp_path / "other" / "policy.json").write_bytes(bundle.model_copy(update={"name": "other"}).to_bytes())
-    plan = Plan(
-        robot="tests.robots:wall_robot",
-        perception="tests.arms:perception",
-        joints=2,
-        cameras=CAMERAS,
-        limits=str(write_limits(tmp_path / "limits.yaml")),
-        bundle_dir=str(exported[0]),
-        bundle=bundle,
-        instruction="pick the red box",
-        supervision=SupervisionSettings(trial_s=1.0, window=5, invalid_max=2, latency_budget_ms=60_000.0,
-                                        beat_s=30.0),
-    )  # fmt: skip
-    with Wall(plan) as wall:
-        wall.run(120.0, until=lambda: wall.result().chunks > 5)
-        assert wall.result().digest == exported[1].digest
-        other = bundle_ref(tmp_path / "other")
-        done = wall.policies.swap(other)
-        wall.run(120.0, until=lambda: done.done() and not wall.policies.busy and not wall.status()["trial"])
-        assert done.result(0) == other.digest == wall.result().digest
-        assert wall.result().rejected == 0
 
 
 @pytest.mark.parametrize(
