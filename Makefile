@@ -17,7 +17,7 @@ demo: setup ## the whole wheel, once: robots fail, learn, and get the better pol
 	@$(BIN)/flywheel demo
 
 test: setup ## all tests, unit and integration, but for the soak tests
-	@$(BIN)/pytest
+	@.ci/test
 
 soak: setup ## the long tests: bad policies in the gate, a recorder under many kills
 	@$(BIN)/pytest -m soak

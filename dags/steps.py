@@ -1,4 +1,4 @@
-"""What the wheel's Python tasks do: turn and rollout put together. Imported when a task runs, not at parse.
+"""What the DAGs' Python tasks do: turn and rollout put together. Imported when a task runs, not at parse.
 
 A skip says that the turn ends here by the rules (too few failures, a gate that does not promote, a rollout
 that was held or rolled back); a failure, that something is broken.
@@ -7,14 +7,15 @@ that was held or rolled back); a failure, that something is broken.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from flywheel import approvals, rollout, turn
+from flywheel import approvals, rollout, turn, upkeep
 from flywheel.config import PARAMS_FILE, Deployment, Settings
 from flywheel.errors import StageError, StoreUnavailable
+from flywheel.keys import ROOT_FILE
 from flywheel.release import Publisher
 from flywheel.schema import GateReport, Group, RolloutStage, Verdict
 from flywheel.store import Store
@@ -65,7 +66,7 @@ def start_rollout(name: str) -> str:
     result = turn.result_of(name)
     if not result.promotes:
         raise AirflowSkipException(f"the gate's verdict is {result.verdict}: {'; '.join(result.reasons)}")
-    settings = Settings.load(source_checkout() / PARAMS_FILE).rollout
+    settings = _settings().rollout
     state = rollout.start(
         *_fleet(),
         result.candidate_digest,
@@ -140,6 +141,40 @@ def outcome(name: str | None, rollout_id: str | None) -> str:
         return f"{name}: no rollout: the gate says {result.verdict}: {'; '.join(result.reasons)}"
     state = rollout.status(_fleet()[0], rollout_id).state
     return f"{name}: policy {result.candidate_digest[:12]}: {state.stage}: {state.reason}"
+
+
+def renew() -> float:
+    """Sign what is about to expire; the hours for which robots take what is signed."""
+    hours = upkeep.renew(_signing()[1])
+    print(f"robots take what is signed for {hours:.0f} h more")
+    return hours
+
+
+def clear() -> list[str]:
+    """Finish what dead turns left, remove what can be made again; what was done."""
+    deployment = Deployment.from_env()
+    done = upkeep.clear(Store.from_env(deployment), deployment, _settings(), datetime.now(UTC))
+    print("\n".join(done) or "nothing to clear")
+    return done
+
+
+def attention() -> None:
+    """Fail where a person should look; never tried again, because looking twice mends nothing."""
+    alarms = upkeep.attention(*_signing(), _settings(), datetime.now(UTC))
+    if alarms:
+        raise AirflowFailException("\n".join(a.line() for a in alarms))
+    print("nothing needs a person")
+
+
+def _signing() -> tuple[Store, Publisher]:
+    store, publisher = _fleet()
+    if not (publisher.keys.directory / ROOT_FILE).is_file():
+        raise AirflowSkipException("nothing is released from here yet: `flywheel keys init`")
+    return store, publisher
+
+
+def _settings() -> Settings:
+    return Settings.load(source_checkout() / PARAMS_FILE)
 
 
 def _fleet() -> tuple[Store, Publisher]:

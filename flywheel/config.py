@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from flywheel.errors import ConfigError
-from flywheel.schema import TriggerKind
+from flywheel.schema import Outcome, TriggerKind
 
 PARAMS_FILE = "params.yaml"
 BUCKET = "flywheel"
@@ -110,6 +110,18 @@ class CurateSettings(Section):
     duplicate_distance: Annotated[float, Field(ge=0)] = 0.02  # closer ones are one; normalised trajectory
     keep_success: bool = False  # fill the budget up with episodes in which nothing failed
     cameras: Annotated[tuple[str, ...], Field(min_length=1)] = ("wrist",)  # what the policy sees
+    choice: Literal["coverage", "random", "newest", "all"] = "coverage"  # how the budget is spent
+    budget: Annotated[int, Field(ge=0)] = 0  # most episodes that are taken of them; 0: max_episodes
+    cluster_distance: Positive = 0.15  # failures closer than this are of one kind; as duplicate_distance
+    costs: dict[str, Positive] = {"stopped": 3.0, "dropped": 2.0, "wrong_object": 2.0}  # of a failure; else 1
+    seed: Seed = 0  # of the random choice
+
+    @model_validator(mode="after")
+    def _costs_are_of_failures(self) -> Self:
+        known = [*Outcome, *TriggerKind]
+        if strangers := sorted(set(self.costs) - set(known)):
+            raise ValueError(f"costs.{strangers[0]}: no such failure; there are {', '.join(known)}")
+        return self
 
 
 class LabelSettings(Section):
@@ -227,6 +239,16 @@ class TriggerSettings(Section):
     poll_s: Positive = 2.0
 
 
+class WatchSettings(Section):
+    """What is looked after between turns."""
+
+    period_s: Positive = 3600.0  # between two looks; metadata that robots check live for a day or longer
+    max_pending: Count = 200  # episodes that wait on one robot
+    max_misses_ppm: Positive = 20_000.0  # deadlines that one robot's loop may miss
+    turn_s: Positive = 24 * 3600.0  # age of a turn without an end
+    keep_runs_s: Positive = 7 * 24 * 3600.0  # of finished turns, on this machine's disk
+
+
 class TurnSettings(Section):
     """What a turn of the wheel starts from; the wheel sets it in the turn's own workspace."""
 
@@ -247,6 +269,7 @@ class Settings(Section):
     gate: GateSettings = GateSettings()
     rollout: RolloutSettings = RolloutSettings()
     trigger: TriggerSettings = TriggerSettings()
+    watch: WatchSettings = WatchSettings()
     turn: TurnSettings = TurnSettings()
 
     @classmethod
@@ -342,6 +365,8 @@ class Deployment(Section):
     ``FLYWHEEL_SITE``       site name, default ``local``
     ``FLYWHEEL_ROBOT``      robot name, default the host's name
     ``FLYWHEEL_APPROVERS``  Airflow users who may approve a release, with commas; default ``ops``
+    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue: ``ray://host:10001``, ``auto`` (this
+                            machine's) or ``local`` (one of its own); default: this process scans
     ======================  =====================================================================
 
     With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.
@@ -354,6 +379,7 @@ class Deployment(Section):
     site: str
     robot: str
     approvers: tuple[str, ...] = ("ops",)
+    ray: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Deployment:
@@ -375,6 +401,7 @@ class Deployment(Section):
             site=_name(env, "FLYWHEEL_SITE", "local"),
             robot=_name(env, "FLYWHEEL_ROBOT", host or "robot"),
             approvers=_approvers(env),
+            ray=_ray(env),
         )
 
 
@@ -400,6 +427,13 @@ def _approvers(env: Mapping[str, str]) -> tuple[str, ...]:
     if not names:  # to Airflow an empty list would mean everybody
         raise ConfigError("FLYWHEEL_APPROVERS is empty: name the Airflow users who may approve a release")
     return names
+
+
+def _ray(env: Mapping[str, str]) -> str:
+    value = env.get("FLYWHEEL_RAY", "")
+    if value and not re.fullmatch(r"auto|local|(ray://)?[A-Za-z0-9.-]+:\d{1,5}", value):
+        raise ConfigError(f"FLYWHEEL_RAY={value!r}: must be auto, local or look like ray://host:10001")
+    return value
 
 
 def _name(env: Mapping[str, str], variable: str, default: str) -> str:

@@ -22,7 +22,7 @@ from flywheel.config import PARAMS_FILE, Deployment, Settings, checkout
 from flywheel.edge.runtime import run_wall
 from flywheel.errors import ServiceError, StageError
 from flywheel.evaluate import PairedResult, paired
-from flywheel.fleet import IDLE, WORK, Fleet
+from flywheel.fleet import IDLE, SITE, WORK, Fleet, robot_names
 from flywheel.release import Publisher
 from flywheel.report import write_report
 from flywheel.schema import BUNDLE_FILES, Group, RobotReport
@@ -148,7 +148,8 @@ def _running(
             publisher = Publisher(store.store(), home / "keys")
             bootstrap = publisher.init(Deployment.from_env().approvers)
             publisher.publish_first(base)
-            fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap))
+            keys = services.robot_keys(home, SITE, robot_names(settings))
+            fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap, keys))
             begun.append((publisher, fleet))
             fleet.set(WORK)
             clock.say(

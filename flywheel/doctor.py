@@ -130,6 +130,11 @@ def _disk(deployment: Deployment) -> Answer:
 def _store(deployment: Deployment) -> Answer:
     store = Store.from_env(deployment)
     store.probe()
+    if not store.clears_unfinished():
+        return Health.WARNING, (
+            f"{store}: keeps the parts of uploads that are never finished, unlisted and paid for; give the "
+            "bucket a lifecycle rule AbortIncompleteMultipartUpload"
+        )
     return Health.OK, f"{store}: answers, and a key is created once"
 
 

@@ -16,6 +16,7 @@ import signal
 import time
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ from flywheel.errors import FlywheelError, ServiceError, StoreError
 from flywheel.parent import die_with_parent
 from flywheel.robot import Image
 from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport, bundle_digest
-from flywheel.store import Store
+from flywheel.store import EmbeddedStore, Store
 from flywheel.twin.cell import CAMERAS
 
 IDLE, WORK, QUIT = 0, 1, 2
-IDLE_S = 4.0  # between two looks of a fleet that does not work
+SITE = "local"
+IDLE_S = 10.0  # between two looks of a fleet that does not work
 BATCH = 3  # attempts to one piece of evidence
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -282,23 +284,35 @@ class Progress:
         return sum(c[what] for c in self.counts.values())
 
 
+def robot_names(settings: Settings) -> list[str]:
+    """What the robots of the simulated fleet are called."""
+    return [f"{settings.twin.shift}-{i + 1:02d}" for i in range(settings.twin.robots)]
+
+
 class Fleet:
     """Worker processes with robots in them; a context manager that leaves nothing running."""
 
     def __init__(
-        self, home: Path, environ: dict[str, str], settings: Settings, bootstrap: bytes, workers: int = 2
+        self,
+        home: Path,
+        environ: dict[str, str],
+        settings: Settings,
+        bootstrap: bytes,
+        keys: Mapping[str, EmbeddedStore] | None = None,
+        workers: int = 2,
     ) -> None:
+        """``keys``: by robot, its own way to the store; what ``environ`` says for those that have none."""
         self._spawn = multiprocessing.get_context("spawn")
         self._goal = self._spawn.Value("i", IDLE)
         self._said: Any = self._spawn.Queue()
         self.progress = Progress()
-        names = [f"{settings.twin.shift}-{i + 1:02d}" for i in range(settings.twin.robots)]
+        names = robot_names(settings)
         workers = min(workers, len(names))
         self._workers = [
             self._spawn.Process(
                 target=_work,
                 args=(home, names[w::workers], range(w, len(names), workers), environ, settings, bootstrap),
-                kwargs={"goal": self._goal, "said": self._said, "parent": os.getpid()},
+                kwargs={"keys": keys or {}, "goal": self._goal, "said": self._said, "parent": os.getpid()},
                 daemon=True,
             )
             for w in range(workers)
@@ -352,6 +366,7 @@ def _work(
     settings: Settings,
     bootstrap: bytes,
     *,
+    keys: Mapping[str, EmbeddedStore],
     goal: Any,
     said: Any,
     parent: int,
@@ -361,11 +376,10 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environ | _ONE_THREAD)
     try:
-        store = Store.from_env()
-        robots = [
-            SimulatedRobot(home / "robots" / name, store, "local", name, k, bootstrap, settings)
-            for name, k in zip(names, numbers, strict=True)
-        ]
+        robots = []
+        for name, k in zip(names, numbers, strict=True):
+            store = keys[name].connect() if name in keys else Store.from_env()
+            robots.append(SimulatedRobot(home / "robots" / name, store, SITE, name, k, bootstrap, settings))
         while goal.value != QUIT:
             for robot in robots:
                 _turn(robot, goal.value == WORK)

@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -40,12 +40,23 @@ from flywheel.refusals import failure, refusal, status_of
 from flywheel.schema import Strict, sha256_file
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectOutputTypeDef,
+        LifecycleRuleUnionTypeDef,
+        ListObjectsV2OutputTypeDef,
+    )
 
 EMBEDDED_FILE = "store.json"  # in FLYWHEEL_HOME, mode 0600, while the embedded store is up
 MAX_PUT_BYTES = 5 << 30  # S3's bound for one PUT; one PUT is what makes a write atomic
 PIECE_BYTES = 1 << 20
+_CLEAR_UNFINISHED: LifecycleRuleUnionTypeDef = {
+    "ID": "clear-unfinished-uploads",
+    "Status": "Enabled",
+    "Filter": {"Prefix": ""},
+    "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7},
+}
 READ_ATTEMPTS = 3  # a body that breaks off is not retried by botocore
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -53,11 +64,25 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One listed object: key relative to the store, bytes, time of the last write (UTC)."""
+    """One listed object: key relative to the store, bytes, time of the last write (UTC).
+
+    ``etag`` is the server's name for these bytes, another one for others; "" where it is not known.
+    """
 
     key: str
     size: int
     modified: datetime
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How another client reaches the store, for now: temporary keys expire. Its repr holds no secret."""
+
+    region: str
+    access_key: str | None = field(repr=False)
+    secret_key: str | None = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class EmbeddedStore(BaseModel):
@@ -68,6 +93,17 @@ class EmbeddedStore(BaseModel):
     region: str
     access_key: str
     secret_key: str
+
+    def connect(self, prefix: str = "", **options: Any) -> Store:
+        """The store, or its part under ``prefix``, by these keys; ``options`` are those of ``Store``."""
+        return Store(
+            f"s3://{self.bucket}/{prefix}".rstrip("/"),
+            self.endpoint,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            region=self.region,
+            **options,
+        )
 
 
 class Store:
@@ -96,7 +132,8 @@ class Store:
         self.prefix = f"{m[2].strip('/')}/" if m[2] and m[2].strip("/") else ""
         self.endpoint = endpoint
         self._at = f"{url} at {endpoint or 'AWS'}"
-        self._client = _client(endpoint, access_key, secret_key, region, timeout_s, attempts)
+        self._session = _session(endpoint, access_key, secret_key, region)
+        self._client = _client(self._session, endpoint, timeout_s, attempts)
 
     @classmethod
     def from_env(cls, deployment: Deployment | None = None, **options: Any) -> Store:
@@ -113,17 +150,19 @@ class Store:
                 "no object store: start the embedded one with `flywheel up`, or set AWS_ENDPOINT_URL and "
                 "AWS_ACCESS_KEY_ID/AWS_SECRET_ACCESS_KEY (for AWS itself FLYWHEEL_STORE=s3://bucket)"
             )
-        return cls(
-            f"s3://{e.bucket}",
-            e.endpoint,
-            access_key=e.access_key,
-            secret_key=e.secret_key,
-            region=e.region,
-            **options,
-        )
+        return e.connect(**options)
 
     def __repr__(self) -> str:
         return f"Store({self._at})"
+
+    def access(self) -> Access:
+        """The keys that this store uses, for an engine with a client of its own."""
+        found = self._session.get_credentials()
+        keys = found.get_frozen_credentials() if found is not None else None
+        region = self._session.region_name or ""
+        if keys is None:
+            return Access(region, None, None, None)
+        return Access(region, keys.access_key, keys.secret_key, keys.token)
 
     def sub(self, prefix: str) -> Store:
         """The part of this store under ``prefix``."""
@@ -272,8 +311,20 @@ class Store:
     def list(self, prefix: str = "", nested: bool = True) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, in key order; without those below a further "/"
         unless ``nested``."""
+        for page in self._pages(prefix, "" if nested else "/"):
+            for o in page.get("Contents", ()):
+                key, etag = o["Key"].removeprefix(self.prefix), o.get("ETag", "").strip('"')
+                yield ObjectInfo(key, o["Size"], o["LastModified"], etag)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names directly below ``prefix``, which ends with "/", that have objects below them."""
+        for page in self._pages(prefix, "/"):
+            for found in page.get("CommonPrefixes", ()):
+                yield found["Prefix"].removeprefix(self.prefix + prefix).rstrip("/")
+
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[ListObjectsV2OutputTypeDef]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="" if nested else "/"
+            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter=delimiter
         )
         it = iter(pages)
         while True:
@@ -281,13 +332,13 @@ class Store:
                 page = next(it, None)
             if page is None:
                 return
-            for o in page.get("Contents", ()):
-                yield ObjectInfo(o["Key"].removeprefix(self.prefix), o["Size"], o["LastModified"])
+            yield page
 
     # -- set-up
 
     def ensure_bucket(self) -> None:
-        """Create the bucket if it is absent."""
+        """Create the bucket if it is absent, so that it clears away uploads in parts that nobody finishes:
+        a robot that gave an episode up, or never came back, would leave them there for ever, unlisted."""
         with self._errors("CREATE", f"bucket {self.bucket}"):
             try:
                 self._client.head_bucket(Bucket=self.bucket)
@@ -295,6 +346,20 @@ class Store:
                 if status_of(e) != 404:
                     raise
                 self._client.create_bucket(Bucket=self.bucket)
+                self._client.put_bucket_lifecycle_configuration(
+                    Bucket=self.bucket, LifecycleConfiguration={"Rules": [_CLEAR_UNFINISHED]}
+                )
+
+    def clears_unfinished(self) -> bool:
+        """Whether the bucket removes uploads in parts that were never finished."""
+        with self._errors("GET", "lifecycle"):
+            try:
+                rules = self._client.get_bucket_lifecycle_configuration(Bucket=self.bucket).get("Rules", [])
+            except self._client.exceptions.ClientError as e:
+                if status_of(e) != 404:
+                    raise
+                return False  # no rules at all
+        return any(r["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in r for r in rules)
 
     def probe(self) -> None:
         """Check what the rollout state relies on: a create-only key can be created once.
@@ -390,19 +455,27 @@ def embedded_store(home: Path) -> EmbeddedStore | None:
         raise ConfigError(f"{path}: {why}; run `flywheel down` and `flywheel up` to write it anew") from None
 
 
-def _client(
-    endpoint: str | None,
-    access_key: str | None,
-    secret_key: str | None,
-    region: str | None,
-    timeout_s: float,
-    attempts: int,
-) -> S3Client:
-    import boto3
-    from botocore.config import Config
+def _session(
+    endpoint: str | None, access_key: str | None, secret_key: str | None, region: str | None
+) -> Session:
+    from boto3.session import Session
     from botocore.exceptions import BotoCoreError
 
     env = os.environ
+    try:
+        return Session(
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            region_name=region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1",
+        )
+    except (ValueError, BotoCoreError) as e:
+        raise ConfigError(f"object store client for {endpoint or 'AWS'}: {e}") from None
+
+
+def _client(session: Session, endpoint: str | None, timeout_s: float, attempts: int) -> S3Client:
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     loopback = re.match(r"https?://(127\.|localhost|\[::1\])", endpoint or "") is not None
     config = Config(
         connect_timeout=min(timeout_s, 5.0),
@@ -416,11 +489,6 @@ def _client(
         max_pool_connections=16,
     )
     try:
-        session = boto3.session.Session(
-            aws_access_key_id=access_key,
-            aws_secret_access_key=secret_key,
-            region_name=region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1",
-        )
         return session.client("s3", endpoint_url=endpoint, config=config)
     except (ValueError, BotoCoreError) as e:
         raise ConfigError(f"object store client for {endpoint or 'AWS'}: {e}") from None

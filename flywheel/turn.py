@@ -252,6 +252,16 @@ def result_of(turn: str, store: Store | None = None) -> TurnResult:
     return found
 
 
+def open_turns(store: Store) -> list[TurnRecord]:
+    """Turns that were opened and have no result yet, in the order of their names."""
+    files: dict[str, set[str]] = {}
+    for info in store.list("runs/"):
+        _, name, *rest = info.key.split("/")
+        files.setdefault(name, set()).add("/".join(rest))
+    unfinished = (n for n, found in files.items() if "turn.json" in found and "result.json" not in found)
+    return [r for n in sorted(unfinished) if (r := _find_record(store, n)) is not None]
+
+
 # ── the workspace's content ──────────────────────────────────────────────────────────────────────────
 
 

@@ -32,5 +32,7 @@ os.environ.update(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine stalls for longer than any deadline that would mean something; the suite has its own bound.
-hypothesis.settings.register_profile("flywheel", deadline=None)
+hypothesis.settings.register_profile(
+    "flywheel", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("flywheel")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from hashlib import md5
 from pathlib import Path
 
-from flywheel.errors import Conflict, IntegrityError, NotFound, StoreUnavailable
+from flywheel.errors import Conflict, IntegrityError, NotFound, StoreError, StoreUnavailable
 from flywheel.schema import sha256_bytes
 from flywheel.store import ObjectInfo
 
@@ -63,11 +64,21 @@ class MemoryStore:
         self._request("delete", key)
         self.objects.pop(key, None)
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", nested: bool = True) -> Iterator[ObjectInfo]:
         self._request("list", prefix)
         for key in sorted(k for k in self.objects if k.startswith(prefix)):
-            data, modified = self.objects[key]
-            yield ObjectInfo(key, len(data), modified)
+            if nested or "/" not in key.removeprefix(prefix):
+                data, modified = self.objects[key]
+                yield ObjectInfo(key, len(data), modified, md5(data, usedforsecurity=False).hexdigest())
+
+    def append_version(self, prefix: str, n: int, data: bytes) -> str:
+        if n > 1 and not self.exists(f"{prefix}/{n - 1:08d}.json"):
+            raise StoreError(f"{prefix} has no version {n - 1}")
+        return self.create(f"{prefix}/{n:08d}.json", data)
+
+    def latest(self, prefix: str) -> tuple[int, bytes] | None:
+        keys = [i.key for i in self.list(f"{prefix}/", nested=False)]
+        return (int(keys[-1][-13:-5]), self.get(keys[-1])) if keys else None
 
     def keys(self, prefix: str = "") -> Sequence[str]:
         """What there is, without a request."""

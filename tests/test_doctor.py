@@ -26,7 +26,8 @@ def deployment(tmp_path: Path) -> Deployment:
 def store(monkeypatch: pytest.MonkeyPatch, deployment: Deployment) -> BucketStore:
     store = BucketStore()
     monkeypatch.setattr("flywheel.doctor.Store.from_env", lambda _: store)
-    monkeypatch.setattr(BucketStore, "probe", lambda self: None, raising=False)
+    monkeypatch.setattr(BucketStore, "probe", lambda self: None)
+    monkeypatch.setattr(BucketStore, "clears_unfinished", lambda self: True)
     Publisher(store, deployment.home / "keys").init(("ada",))
     return store
 
@@ -63,6 +64,15 @@ def test_a_store_where_two_writers_win_is_a_problem(
 
     monkeypatch.setattr(BucketStore, "probe", probe)
     assert found(deployment)["store"].health is Health.PROBLEM
+
+
+def test_a_bucket_that_keeps_unfinished_uploads_for_ever_is_warned_of(
+    deployment: Deployment, store: BucketStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BucketStore, "clears_unfinished", lambda self: False)
+    seen = found(deployment)["store"]
+    assert seen.health is Health.WARNING
+    assert "AbortIncompleteMultipartUpload" in seen.what
 
 
 @pytest.mark.parametrize("off_s", [-60.0, 60.0])

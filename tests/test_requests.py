@@ -64,6 +64,18 @@ def test_a_metered_link_carries_manifests_and_what_matters_the_rest_waits_for_a_
     assert list(store.keys("fleet/pending/")) == []
 
 
+def test_an_episode_that_was_dropped_is_not_offered_any_longer(tmp_path: Path) -> None:
+    store = MemoryStore()
+    lost = put_episode(tmp_path, 0, TriggerKind.TASK_TIMEOUT)
+    spool(tmp_path, store, [5]).upload_once(0)
+    assert len(list(store.keys("fleet/pending/"))) == 1
+    s = spool(tmp_path, store, [5])
+    s.queue.quota_bytes = 0
+    assert s.upload_once(S).dropped == (lost.episode_id,)
+    assert list(store.keys("fleet/pending/")) == []
+    assert list(store.keys("episodes/")) == [lost.prefix + "dropped.json"]
+
+
 def test_an_episode_that_is_asked_for_goes_first_and_over_a_metered_link(tmp_path: Path) -> None:
     store = MemoryStore()
     a, b = (put_episode(tmp_path, i, TriggerKind.TASK_TIMEOUT) for i in range(2))

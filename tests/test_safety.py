@@ -198,7 +198,7 @@ def test_the_protective_stop_has_the_category_that_the_file_asks_for(category: i
 
 
 @given(vectors(), vectors(), vectors(), vectors(JOINTS * JOINTS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_check_state(q: FloatArray, dq: FloatArray, bias: FloatArray, mass: FloatArray) -> None:
     flags = both(check_state, q, dq, bias, mass.reshape(JOINTS, JOINTS), TABLE, SCALARS)
     if not np.isfinite(np.concatenate([q, dq, bias, mass])).all():
@@ -212,7 +212,7 @@ def test_check_state(q: FloatArray, dq: FloatArray, bias: FloatArray, mass: Floa
 @given(vectors(4))
 @example(np.array([1.0, -1.0, 0.0, 1.5]))
 @example(np.array([1.0, -1.0, 2.0, math.nextafter(1.5, 2.0)]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_check_tool(tool: FloatArray) -> None:
     flags = both(check_tool, tool, SCALARS)
     low, high = np.array(BOX["lower"]), np.array(BOX["upper"])
@@ -254,7 +254,7 @@ def test_the_separation_distance_is_formula_1_of_the_technical_specification() -
 @example(math.inf, 1.5, "apart")
 @example(1.0, 0.0, "apart")
 @example(-math.inf, -math.inf, "shared")
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_a_speed_is_a_stop_unless_a_person_is_surely_safe(speed: float, human: float, which: str) -> None:
     s = {"none": SCALARS, "apart": APART, "contact": CONTACT, "shared": SHARED}[which]
     flags = both(check_speed, np.array([0.0, 0.0, 0.0, speed]), human, s)
@@ -271,7 +271,7 @@ def test_a_speed_is_a_stop_unless_a_person_is_surely_safe(speed: float, human: f
 @example(math.nan, "apart")
 @example(math.inf, "apart")
 @example(1.0, "apart")
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_the_speed_that_is_allowed_breaks_no_limit_and_slows_the_joints(human: float, which: str) -> None:
     s = {"none": SCALARS, "apart": APART, "contact": CONTACT, "shared": SHARED}[which]
     allowed = both(speed_allowed, human, s)
@@ -299,14 +299,13 @@ def test_no_allowed_speed_can_turn_the_joints_round(allowed: float) -> None:
 
 
 @given(vectors(), vectors())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_check_tracking_stops_on_any_error_that_is_not_surely_small(q: FloatArray, ref: FloatArray) -> None:
     small = all(abs(float(r) - float(x)) <= 0.25 for r, x in zip(ref, q, strict=True))
     assert both(check_tracking, q, ref, SCALARS) == (0 if small else Limit.TRACKING_ERROR)
 
 
 @given(st.integers(0, 2**12 - 1), st.sampled_from([CATEGORY_1, CATEGORY_2]))
-@settings(deadline=None)
 def test_the_most_severe_broken_limit_decides_the_stop(flags: int, protective: int) -> None:
     stop = both(stop_category, flags, protective)
     controlled = Limit.POSITION | Limit.VELOCITY | Limit.TOOL_SPEED | Limit.WORKSPACE | Limit.TRACKING_ERROR
@@ -321,7 +320,7 @@ def test_the_most_severe_broken_limit_decides_the_stop(flags: int, protective: i
 
 
 @given(vectors())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_no_torque_leaves_that_is_too_large_or_not_a_number(tau: FloatArray) -> None:
     before = tau.copy()
     flags = both(clamp_torque, tau, TABLE)
@@ -336,7 +335,7 @@ def test_no_torque_leaves_that_is_too_large_or_not_a_number(tau: FloatArray) -> 
 
 
 @given(st.integers(1, 3), st.lists(vectors(), min_size=3, max_size=3), vectors(3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_waypoints_are_in_range_and_finite_or_refused(
     steps: int, rows: list[FloatArray], tool: FloatArray
 ) -> None:
@@ -356,6 +355,18 @@ def test_waypoints_are_in_range_and_finite_or_refused(
     else:
         assert -flags in ({Limit.NOT_FINITE} if odd else set()) | ({Limit.POSITION} if beyond else set())
     np.testing.assert_array_equal(q[steps:], before[steps:])
+
+
+@pytest.mark.parametrize(("beyond", "acted"), [(0.199, Limit.POSITION), (0.201, -Limit.POSITION)])
+def test_a_waypoint_a_fifth_of_a_radian_out_of_range_is_the_last_that_is_forgiven(
+    beyond: float, acted: int
+) -> None:
+    for edge, sign in ((TABLE[0], -1.0), (TABLE[1], 1.0)):
+        assert both(admit_waypoints, np.array([edge + sign * beyond]), np.zeros(1), 1, TABLE) == acted
+
+
+def test_joints_aim_a_tenth_below_the_speed_that_a_persons_nearness_allows() -> None:
+    assert both(speed_scale, 0.75, APART) == pytest.approx(0.9 * 0.75 / 1.5)
 
 
 @pytest.mark.slow

@@ -243,3 +243,28 @@ def test_a_store_that_is_down_does_not_end_the_watching(
     with store.server.down():
         assert steps.watch(waiting[1], "canary") == (False, "")
     assert steps.watch(waiting[1], "canary")[0]
+
+
+def test_between_turns_nothing_fails_where_nothing_was_released_yet(store: BucketStore) -> None:
+    from airflow.sdk.exceptions import AirflowSkipException
+
+    from dags import steps
+
+    for step in (steps.renew, steps.attention):
+        with pytest.raises(AirflowSkipException, match="keys init"):
+            step()
+    assert steps.clear() == []
+
+
+def test_what_a_person_should_look_at_fails_its_task_and_says_what_to_do(
+    waiting: tuple[str, str, ReportingFleet], store: BucketStore
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    steps.attention()
+    store.put("fleet/robots/r9.json", b"{}")
+    with pytest.raises(AirflowFailException, match=r"not understood: fleet/robots/r9\.json.*; update"):
+        steps.attention()
+    assert steps.renew() > 1.0

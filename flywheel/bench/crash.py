@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -62,7 +63,8 @@ _PR_SET_PDEATHSIG = 1
 ROLES = ("recorder", "spool", "uploader")
 
 # Words of shared memory by which the processes are told what to do.
-_QUIET, _END, _FAULT, _STEPS, _WORDS = 0, 1, 2, 3, 16  # _STEPS + role: die after so many steps; 0 for never
+_QUIET, _END, _FAULT, _STEPS, _PORT, _WORDS = 0, 1, 2, 3, 8, 16
+# _STEPS + role: die after so many steps, 0 for never; _PORT: where the store listens
 _ALL, _SILENT, _EVENTS = 0, 1, 2  # what triggers: everything, nothing, only what an event tells of
 
 
@@ -96,19 +98,16 @@ class Rig:
         )
         self.journal_room = room[3]
         self.words: Words = np.frombuffer(room[4], np.int64)
+        self.found(self.store)
+
+    def found(self, store: EmbeddedStore) -> None:
+        """The store is (back) at ``store.endpoint``: while it was dead its port may have gone to another."""
+        self.words[_PORT] = urlsplit(store.endpoint).port or 0
 
     def client(self, endpoint: str = "", timeout_s: float = 20.0, attempts: int = 4) -> Store:
         """The store, directly or by way of ``endpoint``."""
-        s = self.store
-        return Store(
-            f"s3://{s.bucket}/{self.prefix}",
-            endpoint or s.endpoint,
-            access_key=s.access_key,
-            secret_key=s.secret_key,
-            region=s.region,
-            timeout_s=timeout_s,
-            attempts=attempts,
-        )
+        at = self.store.model_copy(update={"endpoint": endpoint or f"http://127.0.0.1:{self.words[_PORT]}"})
+        return at.connect(self.prefix, timeout_s=timeout_s, attempts=attempts)
 
     def step(self, role: int) -> Callable[[str], None]:
         """Dies at the step that was chosen for it."""
@@ -321,12 +320,12 @@ def run(
     prefix: str,
     kills: int,
     seed: int = 0,
-    kill_store: Callable[[], None] | None = None,
+    kill_store: Callable[[], EmbeddedStore] | None = None,
     most_s: float = 3600.0,
 ) -> dict[str, Any]:
     """Kill until ``kills`` are counted, or ``most_s`` are over, then let them finish, and count.
 
-    ``home`` is an empty directory. ``kill_store`` kills the real store and starts it again.
+    ``home`` is an empty directory. ``kill_store`` kills the real store, starts it again and says where it is.
     """
     rng = np.random.default_rng(seed)
     disk = home / "disk"
@@ -334,10 +333,9 @@ def run(
     mounted = _mount(disk)
     rig = Rig(disk / "spool", home / "truth.jsonl", store, prefix, seed)
     told = Told()
-    proxy = Faulty(store, rig.words, _FAULT)
+    proxy = Faulty(store, rig.words, _FAULT, _PORT)
     rig.endpoint = proxy.endpoint
-    rig.rings.control.push(rig.rings.control.record())  # compiled here, before the processes part
-    rig.rings.control.header[0] = 0
+    _warm_up(rig, home / "warm")
     pids = [_fork(proxy.serve_forever), _fork(lambda: write_rows(rig))]
     proxy.socket.close()
     lives = _Lives(rig, rng, told)
@@ -354,6 +352,7 @@ def run(
         finished = lives.last(0, 300.0)
         rig.words[_END] = 2
         drained = lives.last(2, 300.0)
+        at_last = rig.client()
     finally:
         for role in range(3):
             lives.kill(role)
@@ -362,7 +361,7 @@ def run(
             os.waitpid(pid, 0)
         rig.arena.close()
     try:
-        found = _count(rig, home)
+        found = _count(rig, at_last, home)
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=False)
@@ -383,6 +382,20 @@ def run(
     }
 
 
+def _warm_up(rig: Rig, root: Path) -> None:
+    """Import and compile here, before the processes part: a recorder that needs seconds for it in each of its
+    short lives would never come to look at its rings."""
+    rings = (rig.rings.control, rig.rings.frames, rig.rings.events)
+    rings[0].push(rings[0].record())
+    rings[1].push_frame(rings[1].record(), dict.fromkeys(CAMERAS, b""))
+    EventLog(rings[2]).add(0, "state", "warm")
+    journal = Journal(memoryview(bytearray(JOURNAL_BYTES)))
+    recorder = Recorder(rig.rings, SETTINGS, root, Identity("lab", "r1", "wall", 0, "bench"), journal=journal)
+    recorder.poll(1)
+    for ring in rings:
+        ring.header[:] = 0
+
+
 def _torment(
     rig: Rig,
     lives: _Lives,
@@ -391,7 +404,7 @@ def _torment(
     kills: int,
     until: float,
     disk: Path | None,
-    kill_store: Callable[[], None] | None,
+    kill_store: Callable[[], EmbeddedStore] | None,
 ) -> None:
     faults = [f for f in Fault if f is not Fault.NONE]
     round_ = 0
@@ -425,7 +438,15 @@ def _torment(
             rig.words[_QUIET] = _ALL
         if round_ % 12 == 9 and kill_store is not None:
             told.store_kills += 1
-            kill_store()
+            _revive(rig, lives, kill_store)
+
+
+def _revive(rig: Rig, lives: _Lives, kill_store: Callable[[], EmbeddedStore]) -> None:
+    """Kill the store and start it, in a process of its own: a recorder that dies meanwhile is started again
+    as at any other time."""
+    pid = _fork(lambda: rig.found(kill_store()))
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        _wait(lives, 0.05)
 
 
 def _wait(lives: _Lives, seconds: float) -> None:
@@ -453,9 +474,8 @@ def _mount(disk: Path) -> bool:
 # ── the count ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _count(rig: Rig, home: Path) -> dict[str, Any]:
+def _count(rig: Rig, store: Store, home: Path) -> dict[str, Any]:
     """Each trigger against the episodes; each episode against its hashes, its rows and its neighbours."""
-    store = rig.client()
     fired = [tuple(json.loads(line)) for line in rig.truth.read_text().splitlines()]
     fired = [f for f in fired if f[1]]
     stored: dict[str, Manifest] = {}
@@ -536,12 +556,12 @@ def crash(full: bool = False) -> dict[str, Any]:
     home = Path(tempfile.mkdtemp(prefix="flywheel-crash-"))
     ceph = Ceph(home / "store")
 
-    def kill_store() -> None:
+    def kill_store() -> EmbeddedStore:
         if (process := running(ceph.run, "radosgw")) is not None:
             os.kill(process.pid, signal.SIGKILL)
             while alive(process):  # its port is not free before
                 time.sleep(0.01)
-        ceph.up(lambda _: None)
+        return ceph.up(lambda _: None)
 
     try:
         (home / "store").mkdir()

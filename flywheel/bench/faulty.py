@@ -49,16 +49,16 @@ _STATUS = {
 
 
 class Faulty(ThreadingHTTPServer):
-    """Listens on a free port of 127.0.0.1; ``words[word]`` says which ``Fault`` holds now."""
+    """Listens on a free port of 127.0.0.1; ``words[word]`` says which ``Fault`` holds now, ``words[port]``
+    where the store listens: one that was killed may have to come back elsewhere."""
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, behind: EmbeddedStore, words: Words, word: int) -> None:
+    def __init__(self, behind: EmbeddedStore, words: Words, word: int, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind = urlsplit(behind.endpoint)
-        self._keys, self._words, self._word = behind, words, word
-        self._client: S3Client | None = None
+        self._keys, self._words, self._word, self._port = behind, words, word, port
+        self._clients: dict[int, S3Client] = {}
 
     @property
     def endpoint(self) -> str:
@@ -70,15 +70,21 @@ class Faulty(ThreadingHTTPServer):
         """What holds now."""
         return Fault(int(self._words[self._word]))
 
+    @property
+    def behind(self) -> int:
+        """The port of the store."""
+        return int(self._words[self._port])
+
     def client(self) -> S3Client:
         """For its own writes."""
-        if self._client is None:
+        port = self.behind
+        if port not in self._clients:
             from flywheel.store import Store
 
-            k = self._keys
-            store = Store(f"s3://{k.bucket}", k.endpoint, access_key=k.access_key, secret_key=k.secret_key)
-            self._client = store._client
-        return self._client
+            k, endpoint = self._keys, f"http://127.0.0.1:{port}"
+            store = Store(f"s3://{k.bucket}", endpoint, access_key=k.access_key, secret_key=k.secret_key)
+            self._clients[port] = store._client
+        return self._clients[port]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is killed in the middle of a request is what this is for."""
@@ -112,8 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
 
     def _pass(self, fault: Fault, body: bytes) -> None:
-        to = self.server.behind
-        connection = http.client.HTTPConnection(to.hostname or "", to.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=30)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("expect", "connection")}
             connection.request(self.command, self.path, body, headers)

@@ -37,7 +37,7 @@ from flywheel.edge.spool import Spool
 from flywheel.edge.system2 import encode_image
 from flywheel.episode import read, seal
 from flywheel.schema import MANIFEST_FILE
-from flywheel.store import EmbeddedStore, Store
+from flywheel.store import Store
 
 MS = 1_000_000
 JOINTS, FRAME_HZ, QUALITY = 7, 30.0, 90
@@ -274,15 +274,9 @@ def _to_the_store(episode: Path, home: Path, rounds: int, notes: dict[str, Any])
         notes["store"] = str(e)
         return {}
     try:
-        return _uploads(_client(embedded), episode, home, rounds)
+        return _uploads(embedded.connect(), episode, home, rounds)
     finally:
         ceph.down()
-
-
-def _client(e: EmbeddedStore) -> Store:
-    return Store(
-        f"s3://{e.bucket}", e.endpoint, access_key=e.access_key, secret_key=e.secret_key, region=e.region
-    )
 
 
 def _uploads(store: Store, episode: Path, home: Path, rounds: int) -> dict[str, float]:

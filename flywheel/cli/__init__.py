@@ -10,7 +10,19 @@ import sys
 
 import typer
 
-from flywheel.cli import approvals, bench, campaigns, episodes, keys, operate, rollouts, stages, turns
+from flywheel.cli import (
+    access,
+    approvals,
+    bench,
+    campaigns,
+    episodes,
+    keys,
+    operate,
+    page,
+    rollouts,
+    stages,
+    turns,
+)
 from flywheel.errors import FlywheelError
 
 app = typer.Typer(
@@ -22,7 +34,9 @@ app = typer.Typer(
 )
 operate.add_to(app)
 bench.add_to(app)
+page.add_to(app)
 stages.add_to(app)
+app.add_typer(access.app, name="access")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")

@@ -21,6 +21,7 @@ BENCHES = {
     "recorder": "flywheel.bench.recorder:recorder",
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
+    "catalogue": "flywheel.catalogue.bench:catalogue",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flywheel.cli.output import Json, console, rows
+from flywheel.cli import output
+from flywheel.cli.output import Bar, Json, console, rows
 from flywheel.errors import EpisodeError
 
 app = typer.Typer(help="Episodes in the store and on disk.", no_args_is_help=True)
@@ -18,15 +19,25 @@ def list_(
     site: Annotated[str, typer.Option(help="Only this site.")] = "",
     robot: Annotated[str, typer.Option(help="Only this robot.")] = "",
     date: Annotated[str, typer.Option(help="Only this UTC date, YYYY-MM-DD.")] = "",
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask the catalogue: an SQL condition, such as \"outcome = 'timeout' and gaps = 0\"."
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1)] = 1000,
     json: Json = False,
 ) -> None:
-    """List what the store holds."""
+    """List what the store holds: its manifests, or with --where the catalogue, as of the last ingest."""
     from itertools import islice
 
     from flywheel import episode
     from flywheel.services.environment import store
 
+    columns = ["prefix", "outcome", "triggers", "task", "shift"]
+    if where is not None:
+        rows(columns, _asked(where, columns, limit, site=site, robot=robot, date=date), json)
+        return
     found = []
     for e in islice(episode.ls(store(), site, robot, date), limit):
         m = e.manifest
@@ -34,7 +45,51 @@ def list_(
         found.append(
             [e.prefix, m.outcome.value if m else "", kinds, m.task if m else "", m.shift if m else ""]
         )
-    rows(["prefix", "outcome", "triggers", "task", "shift"], found, json)
+    rows(columns, found, json)
+
+
+def _asked(where: str, columns: list[str], limit: int, **equal: str) -> list[list[str]]:
+    from flywheel import catalogue
+    from flywheel.catalogue.where import check
+    from flywheel.config import Deployment
+    from flywheel.services.environment import store
+
+    check(where)  # before anything is asked of anybody
+    ray = Deployment.from_env().ray
+    found = catalogue.select(store(), where, [*columns, "problem"], limit, ray=ray, **equal)
+    return [
+        [
+            r["prefix"],
+            r["outcome"] or "",
+            r["problem"] or ",".join(r["triggers"]),
+            r["task"] or "",
+            r["shift"] or "",
+        ]
+        for r in found.to_pylist()
+    ]
+
+
+@app.command()
+def ingest(
+    rebuild: Annotated[
+        bool, typer.Option(help="Read every manifest anew and replace the catalogue.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Bring the catalogue up to date with the store; reads only manifests that are not in it.
+
+    Any number of times, and several at once: nothing is lost or there twice.
+    """
+    from flywheel import catalogue
+    from flywheel.config import Deployment
+    from flywheel.services.environment import store
+
+    ray = Deployment.from_env().ray
+    with Bar("manifests") as bar:
+        done = catalogue.ingest(
+            store(), rebuild=rebuild, ray=ray, on_progress=lambda seen, read: bar.to(read, seen)
+        )
+    output.show(done, json)
 
 
 @app.command()

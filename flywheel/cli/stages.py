@@ -60,6 +60,10 @@ def replay(
 def curate(
     episodes: Annotated[Path, typer.Option(help="Directory of pulled episodes.")],
     out: Annotated[Path, typer.Option(help="Where dataset/, selection.parquet and curate.json go.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="Checkpoint by whose encoder episodes are compared.")
+    ] = None,
+    yardstick: Annotated[Path | None, typer.Option(help="What is kept for evaluation, JSON.")] = None,
     params: Params = PARAMS,
     json: Json = False,
 ) -> None:
@@ -68,7 +72,11 @@ def curate(
 
     settings = Settings.load(params).curate
     with Bar("curate") as bar:
-        show(run(episodes, out, settings, lambda what, n, of: bar.to(n, of, what)), json)
+
+        def on_progress(what: str, n: int, of: int) -> None:
+            bar.to(n, of, what)
+
+        show(run(episodes, out, settings, on_progress, policy=policy, yardstick=yardstick), json)
 
 
 def label(

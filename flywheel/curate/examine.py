@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from flywheel import episode
 from flywheel.config import CurateSettings
+from flywheel.dataset.yardstick import stretch_sha256
 from flywheel.errors import EpisodeError
-from flywheel.schema import FRAMES_FILE, Manifest, Outcome, sha256_bytes
+from flywheel.schema import CONTROL_FILE, FRAMES_FILE, NO_FAULT, Manifest, Outcome, TriggerKind, sha256_bytes
 
 MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
 MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
@@ -43,6 +44,16 @@ class Candidate:
     look: Vector = field(default_factory=lambda: np.empty(0))  # thumbnails along the usable rows
     shape: tuple[Any, ...] = ()
     content_sha256: str = ""
+    phase: str = ""  # where in the task it failed: approach, grasp, carry or place
+    views: dict[str, tuple[bytes, ...]] = field(default_factory=dict)  # JPEGs: the failure, then the way
+    view_states: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))  # [K, S]
+    view_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a picture, by camera
+    stretch_sha256: tuple[str, ...] = ()
+    features: Vector | None = None  # of the views, by the policy's encoder [K, D]
+    cluster: str = ""
+    weight: float = 0.0  # frequency × cost of the failure, this episode's part of it
+    nearest: float | None = None  # distance to the nearest episode taken
+    held_out: bool = False
     taken: bool = False
     reason: str = ""  # empty while undecided
     why: str = ""
@@ -51,6 +62,12 @@ class Candidate:
     @property
     def episode_id(self) -> str:
         return self.manifest.episode_id if self.manifest else self.directory.name
+
+    @property
+    def scene(self) -> tuple[str, int] | None:
+        """The scene of the twin that it happened in; None on a real robot."""
+        m = self.manifest
+        return None if m is None or m.seed is None else (m.shift, m.seed)
 
     @property
     def failure_mode(self) -> str:
@@ -119,6 +136,19 @@ def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None
     c.path = _resampled(state[rows], DESCRIPTOR_STEPS)
     c.look = np.stack([thumbnail(i) for i in _resampled(images[settings.cameras[0]], DESCRIPTOR_IMAGES)])
     c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
+    action = episode.as_array(table, "action")
+    c.stretch_sha256 = tuple(stretch_sha256(state[a:b], action[a:b]) for a, b in c.stretches)
+    failed = _failed_ns(table, m)
+    c.phase = _phase(c.directory, m, failed)
+    t = episode.as_array(table, "t_ns")
+    first = np.array([max(0, int(np.searchsorted(t, failed, side="right")) - 1)])
+    at = np.concatenate([first, _resampled(rows, DESCRIPTOR_IMAGES)])
+    c.view_states = state[at].astype(np.float32)
+    for x in settings.cameras:
+        c.view_shapes[x] = decoded(table, x, first).shape[1:]
+        if c.view_shapes[x] != images[x].shape[1:]:
+            raise EpisodeError(f"image.{x} in row {first[0]}: is {c.view_shapes[x]}, unlike the others")
+        c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
 
 
 def _usable(m: Manifest, settings: CurateSettings) -> tuple[str, str, int]:
@@ -148,12 +178,39 @@ def stretches(frames: pa.Table, mine: NDArray[np.bool_], rate_hz: float) -> list
 
 def read_frames(directory: Path, m: Manifest, cameras: Sequence[str]) -> pa.Table:
     """The needed columns of ``frames.parquet``, from bytes whose hash is the manifest's."""
-    entry = next(f for f in m.files if f.name == FRAMES_FILE)
-    data = (directory / FRAMES_FILE).read_bytes()
-    if sha256_bytes(data) != entry.sha256:
-        raise EpisodeError(f"{directory / FRAMES_FILE}: changed while it was read; pull the episode again")
     columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
+    return _read(directory, m, FRAMES_FILE, columns)
+
+
+def _read(directory: Path, m: Manifest, name: str, columns: list[str]) -> pa.Table:
+    entry = next(f for f in m.files if f.name == name)
+    data = (directory / name).read_bytes()
+    if sha256_bytes(data) != entry.sha256:
+        raise EpisodeError(f"{directory / name}: changed while it was read; pull the episode again")
     return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def _failed_ns(frames: pa.Table, m: Manifest) -> int:
+    """The first fault, or where the operator took over, or the end: whichever came first."""
+    t, operator = episode.as_array(frames, "t_ns"), episode.as_array(frames, "intervention").astype(bool)
+    handover = int(t[np.argmax(operator)]) if operator.any() else m.window_ns[1]
+    return min(
+        [handover, *(x.t_ns for x in m.triggers if x.kind not in NO_FAULT | {TriggerKind.INTERVENTION})]
+    )
+
+
+def _phase(directory: Path, m: Manifest, failed_ns: int) -> str:
+    """Where in the task it failed, by what the cup held and sucked until then."""
+    control = _read(directory, m, CONTROL_FILE, ["t_ns", "held", "tool_cmd"])
+    until = episode.as_array(control, "t_ns") <= failed_ns
+    held = episode.as_array(control, "held").astype(bool)[until]
+    suction = (episode.as_array(control, "tool_cmd") > 0.5)[until]
+    lost = held[:-1] & ~held[1:] & suction[1:]  # the vacuum broke although suction was commanded
+    if held[-1:].any() or lost.any():
+        return "carry"
+    if held.any():
+        return "place"
+    return "grasp" if suction.any() else "approach"
 
 
 def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -178,6 +235,16 @@ def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[n
         except ValueError as e:
             raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
     return np.stack(images)
+
+
+def pictures(views: Mapping[str, Sequence[bytes]]) -> dict[str, NDArray[np.uint8]]:
+    """Views that ``examine`` kept, uint8 ``[K, H, W, 3]`` by camera. Raises ``ValueError``."""
+    import simplejpeg
+
+    return {
+        camera: np.stack([simplejpeg.decode_jpeg(data, colorspace="RGB") for data in found])
+        for camera, found in views.items()
+    }
 
 
 def thumbnail(image: NDArray[Any]) -> Vector:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,12 @@ import pyarrow.parquet as pq
 
 from flywheel import episode
 from flywheel.config import CurateSettings
+from flywheel.curate.clusters import CLUSTERS, Examples
+from flywheel.curate.embed import Encoder, NoEncoder
 from flywheel.curate.examine import Candidate, decoded, examine, read_frames
-from flywheel.curate.select import identity, select
+from flywheel.curate.select import Selected, identity, select
 from flywheel.dataset import Clip, dataset_digest, write_dataset
+from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick, read_sources
 from flywheel.errors import EpisodeError, StageError
 from flywheel.schema import Strict, sha256_file
 
@@ -47,8 +50,27 @@ SELECTION_SCHEMA = pa.schema(
         pa.field("dataset_episodes", pa.list_(pa.int64()), False),  # episode_index of each stretch used
         pa.field("policy_digest", pa.string(), False),
         pa.field("content_sha256", pa.string(), False),  # over the three tables; "" where unreadable
+        pa.field("phase", pa.string(), False),  # where in the task it failed; "" where nothing was usable
+        pa.field("cluster", pa.string(), False),  # failures of one kind; "" for what was not compared
+        pa.field("held_out", pa.bool_(), False),  # kept for evaluation, in this turn and in all others
+        pa.field("weight", pa.float64(), False),  # frequency × cost; 0 for what was not to be chosen from
+        pa.field("nearest_taken", pa.float64()),  # distance, m; null where nothing of its task was taken
     ]
 )
+
+
+class ClusterCounts(Strict):
+    """Of one kind of failure: what came in and what became of it. ``held_out`` includes the yardstick's."""
+
+    name: str
+    task: str
+    failure_mode: str
+    phase: str
+    episodes: int
+    distinct: int
+    held_out: int
+    taken: int
+    weight: float
 
 
 class CurateResult(Strict):
@@ -66,27 +88,51 @@ class CurateResult(Strict):
     failure_modes: dict[str, int]  # taken episodes by failure mode
     dataset_sha256: str  # names the dataset version
     selection_sha256: str
+    choice: str = ""  # the rule that spent the budget
+    held_out: int = 0
+    yardstick_sha256: str = ""  # of the file; "" without one
+    encoder: str = ""  # digest of the bundle whose encoder compared the episodes; "" for thumbnails
+    no_encoder: str = ""  # and why
+    clusters: tuple[ClusterCounts, ...] = ()
 
 
 def curate(
-    episodes_dir: Path, out: Path, settings: CurateSettings, on_progress: OnProgress | None = None
+    episodes_dir: Path,
+    out: Path,
+    settings: CurateSettings,
+    on_progress: OnProgress | None = None,
+    *,
+    policy: Path | None = None,
+    yardstick: Path | None = None,
 ) -> CurateResult:
     """Examine every episode directory in ``episodes_dir``; write the dataset, its selection and metrics.
 
     Writes ``out/dataset`` (LeRobotDataset v3), ``out/selection.parquet`` (a row per candidate, by
     ``SELECTION_SCHEMA``) and ``out/curate.json``; each is replaced as a whole, and two curations of the same
-    ``out`` wait for one another. Raises ``StageError`` when nothing is usable; the selection is written all
-    the same.
+    ``out`` wait for one another. ``policy``: a checkpoint with its bundle inside, by whose encoder episodes
+    are compared, whose clusters keep their names and whose held-out episodes stay so. ``yardstick``: what is
+    never trained on.
+
+    Raises:
+        StageError: nothing is usable; the selection is written all the same.
+        BundleError: the policy's bundle is missing or damaged.
+        ConfigError: the yardstick cannot be read.
     """
     tell = on_progress or (lambda what, done, of: None)
     if not episodes_dir.is_dir():
         raise StageError(f"{episodes_dir}: no such directory; pull episodes into it first")
+    rule = Yardstick() if yardstick is None else Yardstick.load(yardstick)
+    encoder, why = _encoder(policy)
+    earlier = Examples() if policy is None else Examples.load(policy / CLUSTERS)
+    before = None if policy is None else read_sources(policy)
+    kept = () if before is None else before.kept
     directories = sorted(d for d in episodes_dir.iterdir() if d.is_dir() and not d.name.startswith("."))
     candidates = []
     for i, directory in enumerate(directories):
         candidates.append(examine(directory, settings))
         tell("examine", i + 1, len(directories))
-    select(candidates, settings)
+    names = {name for k in kept for name in (k.episode_id, k.content_sha256)}
+    selected = select(candidates, settings, encoder, rule, earlier, why, names)
     taken = sorted((c for c in candidates if c.taken), key=lambda c: c.episode_id)
     index = 0
     for c in taken:
@@ -104,10 +150,43 @@ def curate(
                 f"{episodes_dir}: none of {len(candidates)} episodes can be used"
                 f" ({reasons or 'it is empty'}); {out / SELECTION} says why for each"
             )
-        digest = _write_dataset(out, taken, settings, lambda done: tell("write", done, index))
-        result = _result(candidates, taken, digest, sha256_file(out / SELECTION))
+        beside = {CLUSTERS: selected.examples.to_bytes(), SOURCES: _sources(candidates, kept).to_bytes()}
+        digest = _write_dataset(out, taken, settings, beside, lambda done: tell("write", done, index))
+        result = _result(candidates, taken, selected, digest, sha256_file(out / SELECTION)).model_copy(
+            update={
+                "choice": settings.choice,
+                "yardstick_sha256": "" if yardstick is None else sha256_file(yardstick),
+            }
+        )
         _replace(out / METRICS, result.to_bytes())
     return result
+
+
+def _encoder(policy: Path | None) -> tuple[Encoder | None, str]:
+    """The policy's encoder, or why there is none. A bundle that is no bundle is an error, not a reason."""
+    if policy is None:
+        return None, "no policy was given"
+    try:
+        return Encoder.load(policy / "bundle" if (policy / "bundle").is_dir() else policy), ""
+    except NoEncoder as e:
+        return None, str(e)
+
+
+def _sources(candidates: Sequence[Candidate], before: Sequence[Source]) -> Sources:
+    """What the dataset is made of, and what must never meet it in training: now kept, or ``before``."""
+
+    def listed(chosen: Sequence[Candidate]) -> tuple[Source, ...]:
+        return tuple(
+            Source(episode_id=c.episode_id, content_sha256=c.content_sha256, stretches=c.stretch_sha256)
+            for c in sorted(chosen, key=identity)
+        )
+
+    now = listed([c for c in candidates if c.held_out])
+    again = {k.episode_id for k in now}
+    return Sources(
+        used=listed([c for c in candidates if c.taken]),
+        kept=(*(k for k in before if k.episode_id not in again), *now),
+    )
 
 
 def _clips(
@@ -132,7 +211,11 @@ def _clips(
 
 
 def _write_dataset(
-    out: Path, taken: Sequence[Candidate], settings: CurateSettings, done: Callable[[int], None]
+    out: Path,
+    taken: Sequence[Candidate],
+    settings: CurateSettings,
+    beside: Mapping[str, bytes],
+    done: Callable[[int], None],
 ) -> str:
     manifest = taken[0].manifest
     assert manifest is not None
@@ -143,6 +226,8 @@ def _write_dataset(
         write_dataset(fresh, _clips(taken, settings, done), fps=round(manifest.policy_hz))
     except EpisodeError as e:
         raise StageError(f"an episode changed while it was curated; start again: {e}") from None
+    for name, data in beside.items():
+        (fresh / name).write_bytes(data)
     digest = dataset_digest(fresh)
     if (out / DATASET).exists():
         (out / DATASET).rename(old)
@@ -173,6 +258,11 @@ def _write_selection(path: Path, candidates: Sequence[Candidate]) -> None:
                 "dataset_episodes": list(c.dataset_episodes),
                 "policy_digest": m.policy_digest if m else "",
                 "content_sha256": c.content_sha256,
+                "phase": c.phase,
+                "cluster": c.cluster,
+                "held_out": c.held_out,
+                "weight": c.weight,
+                "nearest_taken": c.nearest,
             }
         )
     sink = pa.BufferOutputStream()
@@ -181,7 +271,11 @@ def _write_selection(path: Path, candidates: Sequence[Candidate]) -> None:
 
 
 def _result(
-    candidates: Sequence[Candidate], taken: Sequence[Candidate], digest: str, selection: str
+    candidates: Sequence[Candidate],
+    taken: Sequence[Candidate],
+    selected: Selected,
+    digest: str,
+    selection: str,
 ) -> CurateResult:
     quarantined = sum(c.reason.startswith("quarantine:") for c in candidates)
     return CurateResult(
@@ -196,6 +290,30 @@ def _result(
         failure_modes=dict(sorted(Counter(c.failure_mode for c in taken).items())),
         dataset_sha256=digest,
         selection_sha256=selection,
+        held_out=sum(c.held_out for c in candidates),
+        encoder=selected.scale.encoder,
+        no_encoder=selected.scale.why,
+        clusters=_clusters(candidates),
+    )
+
+
+def _clusters(candidates: Sequence[Candidate]) -> tuple[ClusterCounts, ...]:
+    members: dict[str, list[Candidate]] = {}
+    for c in sorted((c for c in candidates if c.cluster), key=identity):
+        members.setdefault(c.cluster, []).append(c)
+    return tuple(
+        ClusterCounts(
+            name=name,
+            task=group[0].manifest.task if group[0].manifest else "",
+            failure_mode=group[0].failure_mode,
+            phase=group[0].phase,
+            episodes=len(group),
+            distinct=sum(not c.reason.startswith("near_") for c in group),
+            held_out=sum(c.held_out for c in group),
+            taken=sum(c.taken for c in group),
+            weight=round(sum(c.weight for c in group), 6),
+        )
+        for name, group in sorted(members.items())
     )
 
 

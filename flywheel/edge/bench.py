@@ -36,7 +36,7 @@ from flywheel.edge.link import Records, Ring
 from flywheel.edge.lockstep import tracking_error
 from flywheel.edge.processes import Plan
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, event_dtype
+from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, control_dtype, event_dtype
 from flywheel.edge.runtime import Wall, read_bundle
 from flywheel.edge.system1 import HEARTBEAT
 from flywheel.errors import BundleError
@@ -72,6 +72,9 @@ while deadline < end:
         deadline += (behind // 1_000_000 + 1) * 1_000_000
 print(json.dumps(late))
 """
+LOOK_S = 0.1  # between two looks of the recorder
+PEERS_PAUSE_NS = 1_000_000_000  # rows that are made up at once after a pause, at most
+Poll = Callable[[], None]
 _HOG = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
@@ -93,7 +96,7 @@ def tracking(full: bool = False, policy: Path | None = None) -> dict[str, Any]:
             plan = _plan(None if group == LOADS[:1] else bundle_dir, 1e9 / PERIOD_NS)
             turns = stack.enter_context(_running(plan))
             if group == LOADS[2:]:
-                turns.recorder = stack.enter_context(_recorder(turns.wall))
+                turns.recorders = stack.enter_context(_recorder(turns.wall))
             for name in group:
                 if name == "hog":
                     stack.enter_context(_hogs(others if cpu is None else others | {cpu}))
@@ -225,7 +228,7 @@ class Turns:
 
     def __init__(self, wall: Wall) -> None:
         self.wall = wall
-        self.recorder: Callable[[], None] | None = None
+        self.recorders: tuple[Poll, Poll] | None = None  # beside System 1's turns, and beside its peers'
         self._reader = wall.shared.control.reader()
         self._chunk = wall.shared.slot.record()
         self._id = 0
@@ -240,9 +243,9 @@ class Turns:
         while (now := time.monotonic()) < start + SETTLE_S + seconds:
             if not wall.plan.perception:
                 self._send(taken)
-            wall.run(min(0.1, start + SETTLE_S + seconds - now))
-            if self.recorder is not None:
-                self.recorder()
+            wall.run(min(LOOK_S, start + SETTLE_S + seconds - now))
+            if self.recorders is not None:
+                self.recorders[0]()
             rows = self._reader.poll().rows
             read.append(rows[rows["t_ns"] >= round((start + SETTLE_S) * 1e9)])
         os.kill(wall.system1_pid, signal.SIGSTOP)
@@ -270,11 +273,11 @@ class Turns:
         try:
             while True:
                 try:
-                    out, _ = peer.communicate(timeout=0.05)
+                    out, _ = peer.communicate(timeout=LOOK_S)
                     return out if peer.returncode == 0 else ""
                 except subprocess.TimeoutExpired:
-                    if self.recorder is not None:
-                        self.recorder()
+                    if self.recorders is not None:
+                        self.recorders[1]()
                     if time.monotonic() > end:
                         return ""
         finally:
@@ -303,26 +306,45 @@ def _running(plan: Plan) -> Iterator[Turns]:
 
 
 @contextmanager
-def _recorder(wall: Wall) -> Iterator[Callable[[], None]]:
-    """A recorder that seals two seconds of everything, twice a second or as fast as the disk takes it."""
-    events = EventLog(Ring(event_dtype(), 256))
+def _recorder(wall: Wall) -> Iterator[tuple[Poll, Poll]]:
+    """Two recorders that seal two seconds of everything, twice a second or as fast as the disk takes it: one
+    for System 1's turns, and one for its peers', when no System 1 writes rows, on as many made-up ones. So
+    the load beside them is the same."""
+    made_up = Ring(control_dtype(JOINTS), wall.shared.control.capacity)
+    row = made_up.record()
+    noise = np.random.default_rng(0).standard_normal((64, 4, JOINTS))  # zeros would compress too well
     settings = RecorderSettings(pre_s=2.0, post_s=0.2, min_interval_s=0.5)
-    with tempfile.TemporaryDirectory(prefix="flywheel-bench-") as directory:
-        recorder = Recorder(
-            Rings(wall.shared.control, wall.shared.frames, events.ring), settings, Path(directory),
-            Identity("bench", "free", "wall", time.time_ns() - time.monotonic_ns(), "bench"), background=True,
-        )  # fmt: skip
-        last = 0.0
+    with tempfile.TemporaryDirectory(prefix="flywheel-bench-") as directory, ExitStack() as stack:
 
-        def poll() -> None:
-            nonlocal last
-            if time.monotonic() >= last + 0.5:
-                last = time.monotonic()
-                events.add(time.monotonic_ns(), "trigger", "baseline")
-            recorder.poll(time.monotonic_ns())
+        def recorder(name: str, control: Ring) -> Poll:
+            events = EventLog(Ring(event_dtype(), 256))
+            recorder = Recorder(
+                Rings(control, wall.shared.frames, events.ring), settings, Path(directory) / name,
+                Identity("bench", "free", "wall", time.time_ns() - time.monotonic_ns(), "bench"),
+                background=True,
+            )  # fmt: skip
+            stack.callback(lambda: recorder.finish(time.monotonic_ns()))
+            last = 0.0
 
-        yield poll
-        recorder.finish(time.monotonic_ns())
+            def poll() -> None:
+                nonlocal last
+                if time.monotonic() >= last + 0.5:
+                    last = time.monotonic()
+                    events.add(time.monotonic_ns(), "trigger", "baseline")
+                recorder.poll(time.monotonic_ns())
+
+            return poll
+
+        def peers() -> None:
+            now = time.monotonic_ns()
+            for t in range(max(int(row["t_ns"][0]) + PERIOD_NS, now - PEERS_PAUSE_NS), now, PERIOD_NS):
+                row["t_ns"] = t
+                row["q"], row["dq"], row["q_ref"], row["tau"] = noise[t // PERIOD_NS % 64]
+                made_up.push(row)
+            beside_peers()
+
+        beside_peers = recorder("peers", made_up)
+        yield recorder("ours", wall.shared.control), peers
 
 
 @contextmanager

@@ -29,7 +29,7 @@ OUTPUTS = ("actions", "actions_norm")
 # Targets this far outside of the workspace are pulled in; further out the whole chunk is refused.
 WORKSPACE_SLACK_M = 0.10
 # ONNX Runtime's exceptions share no base class below Exception.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
+ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(e for e in vars(ort_errors).values() if isinstance(e, type) and issubclass(e, Exception)),
@@ -55,6 +55,47 @@ class ActionSource(Protocol):
         """Actions for one observation; raises ``BundleError`` if the policy gives none."""
 
 
+def read_bundle(directory: Path) -> tuple[dict[str, bytes], str, Bundle, Tokenizer]:
+    """A bundle's files by name, the digest of these bytes, what policy.json says, and the tokenizer.
+
+    Raises ``BundleError``, which says which file is missing or wrong, and how.
+    """
+    data = {}
+    for name in BUNDLE_FILES:
+        try:
+            data[name] = (directory / name).read_bytes()
+        except OSError as e:
+            raise BundleError(
+                f"{directory / name}: {e.strerror or e}; a bundle holds {', '.join(BUNDLE_FILES)}"
+            ) from None
+    digest = sha256_bytes("".join(f"{n} {sha256_bytes(data[n])}\n" for n in BUNDLE_FILES).encode())
+    try:
+        bundle = Bundle.model_validate_json(data["policy.json"])
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        raise BundleError(f"{directory / 'policy.json'}: {key}: {first['msg']}") from None
+    try:
+        tokenizer = Tokenizer.from_buffer(data["tokenizer.json"])
+    except Exception as e:  # the library raises plain Exception
+        raise BundleError(f"{directory / 'tokenizer.json'}: {e}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return data, digest, bundle, tokenizer
+
+
+def encode_instruction(
+    tokenizer: Tokenizer, bundle: Bundle, instruction: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Token ids ``[1, L]``, padded on the right, and the mask of the real ones."""
+    length = bundle.tokens
+    pad = int(bundle.provenance.get("pad_token_id", 0))
+    ids = tokenizer.encode(instruction + "\n").ids[:length]
+    tokens = np.full((1, length), pad, np.int64)
+    tokens[0, : len(ids)] = ids
+    return tokens, np.arange(length)[None] < len(ids)
+
+
 class Policy:
     """A loaded bundle."""
 
@@ -71,7 +112,7 @@ class Policy:
         self._steps = np.array(b.num_steps, np.int64)
         self._images = np.zeros((1, len(b.cameras), *b.image_hw, 3), np.uint8)
         self._instruction = ""
-        self._tokens = self._encode("")
+        self._tokens = encode_instruction(tokenizer, bundle, "")
 
     @classmethod
     def load(cls, directory: Path | str, threads: int = 1, seed: int = 0) -> Self:
@@ -80,32 +121,12 @@ class Policy:
         ``threads`` is for ONNX Runtime; one is fastest for small models and keeps off System 1's core.
         """
         directory = Path(directory)
-        data = {}
-        for name in BUNDLE_FILES:
-            try:
-                data[name] = (directory / name).read_bytes()
-            except OSError as e:
-                raise BundleError(
-                    f"{directory / name}: {e.strerror or e}; a bundle holds {', '.join(BUNDLE_FILES)}"
-                ) from None
-        digest = sha256_bytes("".join(f"{n} {sha256_bytes(data[n])}\n" for n in BUNDLE_FILES).encode())
-        try:
-            bundle = Bundle.model_validate_json(data["policy.json"])
-        except ValidationError as e:
-            first = e.errors()[0]
-            key = ".".join(str(p) for p in first["loc"])
-            raise BundleError(f"{directory / 'policy.json'}: {key}: {first['msg']}") from None
+        data, digest, bundle, tokenizer = read_bundle(directory)
         if not runs_on(bundle.onnxruntime, onnxruntime.__version__):
             raise BundleError(
                 f"{directory / 'policy.json'}: onnxruntime = {bundle.onnxruntime!r}, here is "
                 f"{onnxruntime.__version__}: install one in that range, or export the policy for this one"
             )
-        try:
-            tokenizer = Tokenizer.from_buffer(data["tokenizer.json"])
-        except Exception as e:  # the library raises plain Exception
-            raise BundleError(f"{directory / 'tokenizer.json'}: {e}") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -116,7 +137,7 @@ class Policy:
             session = onnxruntime.InferenceSession(
                 data["policy.onnx"], options, providers=["CPUExecutionProvider"]
             )
-        except _ORT_ERRORS as e:
+        except ORT_ERRORS as e:
             raise BundleError(f"{directory / 'policy.onnx'}: ONNX Runtime cannot load it: {e}") from None
         have = {i.name for i in session.get_inputs()}
         if have != set(INPUTS) or not set(OUTPUTS) <= {o.name for o in session.get_outputs()}:
@@ -152,7 +173,7 @@ class Policy:
         if state.shape != (len(b.state_names),):
             raise BundleError(f"state of shape {state.shape}: policy {b.name!r} needs {b.state_names}")
         if instruction != self._instruction:
-            self._tokens = self._encode(instruction)
+            self._tokens = encode_instruction(self._tokenizer, b, instruction)
             self._instruction = instruction
         start = time.perf_counter_ns()
         try:
@@ -169,7 +190,7 @@ class Policy:
                     "weights": self._no_weights if weights is None else weights,
                 },
             )
-        except _ORT_ERRORS as e:
+        except ORT_ERRORS as e:
             raise BundleError(f"policy {b.name!r}: inference failed: {e}") from None
         infer_ns = time.perf_counter_ns() - start
         if actions.shape != (1, b.chunk, len(b.action_names)):
@@ -178,15 +199,6 @@ class Policy:
                 f"{(1, b.chunk, len(b.action_names))}"
             )
         return Inference(actions[0].astype(np.float64), actions_norm, infer_ns)
-
-    def _encode(self, instruction: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Token ids ``[1, L]``, padded on the right, and the mask of the real ones."""
-        length = self.bundle.tokens
-        pad = int(self.bundle.provenance.get("pad_token_id", 0))
-        ids = self._tokenizer.encode(instruction + "\n").ids[:length]
-        tokens = np.full((1, length), pad, np.int64)
-        tokens[0, : len(ids)] = ids
-        return tokens, np.arange(length)[None] < len(ids)
 
     def _warm_up(self) -> None:
         """The first runs allocate and are slow; they must not count as latency."""

@@ -23,6 +23,7 @@ from flywheel.schema import Manifest
 
 UNSEALED_MAX = 8  # episodes kept in memory while the disk refuses them
 RETRY_NS = 1_000_000_000
+PATIENCE_NS = 5_000_000_000  # a disk that is full for a moment must not cost what waits on it for the store
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Ready:
     draft: Manifest
     tables: tuple[pa.Table, pa.Table, pa.Table]
     window: Window
+    refused_ns: int | None = None  # when the disk first did not take it
 
     @property
     def nbytes(self) -> int:
@@ -101,25 +103,33 @@ class Sealer:
         if now_ns < self._retry_ns and not wait:
             return []
         if self._under_way is None and self.ready:
+            hurry = wait or 2 * len(self.ready) > UNSEALED_MAX or 2 * self._held() > self._memory_bytes
             batch, self.ready = self.ready, []
             if self._thread is None:
                 # Under way while it is written, so that a journal saved meanwhile still knows it.
                 self._under_way = (batch, Future())
-                self._under_way[1].set_result(self._write(batch))
+                self._under_way[1].set_result(self._write(batch, now_ns, hurry))
             else:
-                self._under_way = (batch, self._thread.submit(self._write, batch))
+                self._under_way = (batch, self._thread.submit(self._write, batch, now_ns, hurry))
         if self._under_way is None or not (wait or self._under_way[1].done()):
             return self._commit(now_ns) if self._named else []
         done, self._under_way = self._under_way[1].result(), None
         return self._settle_up(done, now_ns)
 
-    def _write(self, batch: list[Ready]) -> _Written:
+    def _held(self) -> int:
+        return sum(r.nbytes for r in self.ready)
+
+    def _write(self, batch: list[Ready], now_ns: int, hurry: bool) -> _Written:
+        """Room is made, at the cost of older episodes, only if the disk stays full or memory runs out."""
         done = _Written([], [], [])
         for r in batch:
             try:
                 try:
                     manifest = prepare(self._directory, r.draft, *r.tables, step=self._step)
                 except OSError:
+                    r.refused_ns = now_ns if r.refused_ns is None else r.refused_ns
+                    if not hurry and now_ns - r.refused_ns < PATIENCE_NS:
+                        raise
                     self._make_room(r.nbytes, priority(r.draft))
                     manifest = prepare(self._directory, r.draft, *r.tables, step=self._step)
             except OSError as e:
@@ -139,9 +149,7 @@ class Sealer:
         status.unfit += len(done.unfit)
         if done.left:
             self._retry_ns = now_ns + RETRY_NS
-        while len(self.ready) > UNSEALED_MAX or (
-            len(self.ready) > 1 and sum(r.nbytes for r in self.ready) > self._memory_bytes
-        ):
+        while len(self.ready) > UNSEALED_MAX or (len(self.ready) > 1 and self._held() > self._memory_bytes):
             self.ready.remove(min(self.ready, key=lambda r: (priority(r.draft), r.draft.episode_id)))
             status.abandoned += 1
         status.refused = min(len(done.left), len(self.ready))

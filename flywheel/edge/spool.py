@@ -203,6 +203,12 @@ class Spool:
             raise IntegrityError(f"{key}: the store does not give back what was put")
         self._announced.add(q.manifest.episode_id)
 
+    def _withdraw(self, m: Manifest) -> None:
+        if self.requests is not None or m.episode_id in self._announced:
+            self._step("withdraw the announcement")
+            self._store.delete(_pending_key(m))
+            self._announced.discard(m.episode_id)
+
     def _summaries(self) -> Iterator[Queued]:
         for path in self.queue.summaries():
             try:
@@ -245,10 +251,7 @@ class Spool:
             )
         self._step("mark")
         self._mark(m, manifest)
-        if self.requests is not None or m.episode_id in self._announced:
-            self._step("withdraw the announcement")
-            self._store.delete(_pending_key(m))
-            self._announced.discard(m.episode_id)
+        self._withdraw(m)
         self._step("remove")
         self.queue.remove(q.path)
 
@@ -306,6 +309,7 @@ class Spool:
         if self._stored(q.manifest.prefix + MANIFEST_FILE) is None:
             self._step("report dropped")
             self._store.put(q.manifest.prefix + DROPPED_KEY, (q.path / MANIFEST_FILE).read_bytes())
+        self._withdraw(q.manifest)  # there is nothing to ask for any more
         self._step("forget dropped")
         self.queue.remove(q.path)
 

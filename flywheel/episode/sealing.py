@@ -204,14 +204,15 @@ def _partial(parent: Path, episode_id: str) -> Path:
 class _HashingFile(io.RawIOBase):
     """A file that knows the sha256 of what was written, so that nothing is read back.
 
-    A thread hashes, and brings to disk what there is, while the next page is encoded. Sealing is then about
-    as quick as encoding without either (``flywheel bench recorder``).
+    One thread hashes and another brings to disk what there is, while the next page is encoded. Sealing is
+    then about as quick as the slowest of the three (``flywheel bench recorder``).
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
-        self._beside = ThreadPoolExecutor(1, "seal-file")
+        self._hasher = ThreadPoolExecutor(1, "seal-hash")
+        self._syncer = ThreadPoolExecutor(1, "seal-sync")
         self._syncs: list[Future[None]] = []
         self.size = self._synced = 0
 
@@ -226,11 +227,11 @@ class _HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         piece = bytes(data)  # a copy where it is not bytes already: the caller may use its buffer again
         self._file.write(piece)
-        self._beside.submit(self._hash.update, piece)
+        self._hasher.submit(self._hash.update, piece)
         self.size += len(piece)
         if self.size - self._synced > SYNC_BYTES:
             self._file.flush()
-            self._syncs.append(self._beside.submit(os.fdatasync, self._file.fileno()))
+            self._syncs.append(self._syncer.submit(os.fdatasync, self._file.fileno()))
             self._synced = self.size
         return len(piece)
 
@@ -247,7 +248,8 @@ class _HashingFile(io.RawIOBase):
                     sync.result()  # a disk says only once that it lost something
                 os.fsync(f.fileno())
         finally:
-            self._beside.shutdown()
+            self._syncer.shutdown()
+            self._hasher.shutdown()
             super().close()
 
 

@@ -97,7 +97,8 @@ def figures(check: Check) -> str:
     text += unit
     if "candidate_median" in check.evidence:
         e = check.evidence
-        text += f"; {e['current_median']:.3g} → {e['candidate_median']:.3g} {e['unit']}"
+        medians = (float(e[k]) for k in ("current_median", "candidate_median"))
+        text += f"; {' → '.join(f'{m:.0f}' if m >= 1000 else f'{m:.3g}' for m in medians)} {e['unit']}"
     return text
 
 

@@ -111,7 +111,11 @@ class Bucket:
         self._request("LIST", Prefix)
         with self._lock:
             keys = self._keys(Prefix, Delimiter)
-        yield {"Contents": [self._listed(k) for k in keys]}
+            folders = self._folders(Prefix) if Delimiter else []
+        yield {
+            "Contents": [self._listed(k) for k in keys],
+            "CommonPrefixes": [{"Prefix": f"{Prefix}{f}/"} for f in folders],
+        }
 
     # -- inside
 
@@ -124,6 +128,10 @@ class Bucket:
     def _keys(self, prefix: str, delimiter: str) -> list[str]:
         keys = sorted(k for k in self.objects if k.startswith(prefix))
         return [k for k in keys if delimiter not in k[len(prefix) :]] if delimiter else keys
+
+    def _folders(self, prefix: str) -> list[str]:
+        below = (k[len(prefix) :].partition("/") for k in self.objects if k.startswith(prefix))
+        return sorted({name for name, slash, _ in below if slash})
 
     def _listed(self, key: str) -> dict[str, Any]:
         arrived = self.arrived.get(key) or self.clock()
@@ -168,6 +176,15 @@ class LargeBucket(Bucket):
             i += 1
         return found
 
+    def _folders(self, prefix: str) -> list[str]:
+        keys, i, found = self._sorted, bisect_left(self._sorted, prefix), []
+        while i < len(keys) and keys[i].startswith(prefix):
+            name, slash, _ = keys[i][len(prefix) :].partition("/")
+            if slash:
+                found.append(name)
+            i = bisect_left(keys, f"{prefix}{name}0", i) if slash else i + 1  # "0" follows "/"
+        return found
+
 
 class DirectoryBucket(Bucket):
     """Objects as files under a directory, so that processes share them and outlive one another."""
@@ -188,6 +205,10 @@ class DirectoryBucket(Bucket):
         found = folder.iterdir() if delimiter and folder.is_dir() else folder.rglob("*")
         keys = (p.relative_to(self.root).as_posix() for p in found if p.is_file() and p.name[0] != ".")
         return sorted(k for k in keys if k.startswith(prefix))
+
+    def _folders(self, prefix: str) -> list[str]:
+        folder = self.root / prefix
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 class _Files(MutableMapping[str, tuple[bytes, dict[str, str]]]):

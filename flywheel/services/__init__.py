@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flywheel.config import Deployment
+from flywheel import access
+from flywheel.config import BUCKET, Deployment
 from flywheel.errors import ServiceError
 from flywheel.services import process
 from flywheel.services.airflow import APPROVER, Airflow, child_environ
 from flywheel.services.ceph import Ceph
 from flywheel.services.watchdog import Watchdog
-from flywheel.store import Store, embedded_store
+from flywheel.store import EmbeddedStore, Store, embedded_store
 
 STORE, AIRFLOW = "store", "airflow"
 LOCK_S = 300.0
@@ -140,6 +141,15 @@ def session(
         yield endpoints
     finally:
         down(home, services=endpoints.started, on_progress=on_progress)
+
+
+def robot_keys(home: Path, site: str, names: Iterable[str]) -> dict[str, EmbeddedStore]:
+    """Keys of their own for robots, on the embedded store; none where the store is another: its keys are
+    made where its users are (``flywheel access``)."""
+    if not Deployment.from_env().embedded:
+        return {}
+    ceph, at = Ceph(home.absolute()), f"s3://{BUCKET}"
+    return {n: ceph.grant(f"{site}.{n}", access.robot(at, site, n)) for n in names}
 
 
 def status(home: Path) -> dict[str, dict[str, bool]]:

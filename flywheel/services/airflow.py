@@ -127,11 +127,21 @@ class Airflow:
             time.sleep(0.25)
         for pool, (slots, description) in POOLS.items():
             body = {"name": pool, "slots": slots, "description": description, "include_deferred": False}
+            self._make(f"pool {pool}", "/pools", body, give_up=began + START_S)
+
+    def _make(self, what: str, path: str, body: Any, give_up: float) -> None:
+        """POST until it is there. SQLite gives up on a lock after 5 s, and at the start everybody writes."""
+        while True:
             try:
-                self.call("POST", "/pools", body)
+                self.call("POST", path, body)
             except ServiceError as e:
-                if " 409 " not in str(e):  # it is there already
-                    raise
+                if ": 409 " in str(e):
+                    return  # it is there already
+                if ": 500 " not in str(e) or time.monotonic() > give_up:
+                    raise ServiceError(f"{what}: {e}") from None
+                time.sleep(1.0)
+            else:
+                return
 
     def down(self) -> None:
         """Stop it with every task it runs; a task gets SIGTERM first, so that training can checkpoint."""

@@ -15,13 +15,16 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from flywheel import access
 from flywheel.config import BUCKET
 from flywheel.errors import ServiceError
 from flywheel.services import process
 from flywheel.services.process import Progress, free_port, is_free, write_private
-from flywheel.store import EMBEDDED_FILE, EmbeddedStore, Store, embedded_store
+from flywheel.store import EMBEDDED_FILE, EmbeddedStore, embedded_store
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool")
 PACKAGES = "ceph-mon ceph-osd radosgw ceph-common"
@@ -30,6 +33,17 @@ REGION = "us-east-1"
 USER = "flywheel"
 START_S = 120.0  # for each step; a restart after kill -9 replays its log for 11-16 s (measured)
 GIB = 1 << 30
+_OWNER = {
+    "Version": access.VERSION,
+    "Statement": [
+        {
+            "Effect": "Allow",
+            "Principal": {"AWS": [f"arn:aws:iam:::user/{USER}"]},
+            "Action": ["s3:*"],
+            "Resource": [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],
+        }
+    ],
+}
 
 
 class Ceph:
@@ -73,7 +87,8 @@ class Ceph:
         on_progress("starting the disk")
         self._start("ceph-osd", "-i", "0")
         if first:
-            keys = self._make_user()
+            caps = ("--caps", "user-policy=*")  # it grants other clients what they may
+            keys = self._keys("user", "create", "--uid", USER, "--display-name", USER, *caps)
             store = EmbeddedStore(
                 endpoint=f"http://127.0.0.1:{ports['rgw']}", bucket=BUCKET, region=REGION, **keys
             )
@@ -83,19 +98,39 @@ class Ceph:
         self._wait_for_gateway(ports["rgw"])
         saved = EmbeddedStore.model_validate_json((self.dir / "keys.json").read_bytes())
         store = saved.model_copy(update={"endpoint": f"http://127.0.0.1:{ports['rgw']}"})
-        client = Store(
-            f"s3://{store.bucket}",
-            store.endpoint,
-            access_key=store.access_key,
-            secret_key=store.secret_key,
-            region=store.region,
-        )
+        client = store.connect()
         client.ensure_bucket()
         if first:
             client.probe()
             unfinished.unlink()
         write_private(self.home / EMBEDDED_FILE, store.model_dump_json(indent=1))
         return store
+
+    def grant(self, name: str, policy: Mapping[str, Any]) -> EmbeddedStore:
+        """Keys of its own for one client, made at the first call, that allow what ``policy`` says (see
+        ``flywheel.access``) and nothing else. The store must be up."""
+        import boto3
+
+        owner = embedded_store(self.home)
+        if owner is None:
+            raise ServiceError(f"embedded store: it is not up on {self.home}")
+        try:
+            keys = self._keys("user", "create", "--uid", name, "--display-name", name)
+        except ServiceError as e:
+            if "exists" not in str(e):
+                raise
+            keys = self._keys("user", "info", "--uid", name)
+        by_owner: dict[str, Any] = {
+            "endpoint_url": owner.endpoint,
+            "region_name": owner.region,
+            "aws_access_key_id": owner.access_key,
+            "aws_secret_access_key": owner.secret_key,
+        }
+        # An object belongs to whoever wrote it (AWS has long done otherwise): the owner is to read it.
+        boto3.client("s3", **by_owner).put_bucket_policy(Bucket=owner.bucket, Policy=json.dumps(_OWNER))
+        iam = boto3.client("iam", **by_owner)
+        iam.put_user_policy(UserName=name, PolicyName="flywheel", PolicyDocument=json.dumps(policy))
+        return owner.model_copy(update=keys)
 
     def down(self) -> None:
         """Stop it; what is stopped already is left so."""
@@ -142,8 +177,9 @@ class Ceph:
         self._do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "--no-mon-config", "--keyring", keyring)
         self._do("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default")
 
-    def _make_user(self) -> dict[str, str]:
-        out = self._do("radosgw-admin", "user", "create", "--uid", USER, "--display-name", USER)
+    def _keys(self, *args: str) -> dict[str, str]:
+        """The key pair in radosgw-admin's answer."""
+        out = self._do("radosgw-admin", *args)
         try:
             key = json.loads(out)["keys"][0]
             return {"access_key": key["access_key"], "secret_key": key["secret_key"]}

@@ -205,6 +205,13 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
         data.before_first = lambda: torch.set_rng_state(state)
         return found
 
+    def mark_last(checkpoint: Path) -> None:
+        """As lerobot's, in one step: a run that is ended between two would be left without a last one."""
+        fresh = checkpoint.with_name("last.part")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(checkpoint.name)
+        fresh.replace(job.last)
+
     module: Any = lerobot_train
     load_training_state = module.load_training_state
     weighting: Any = sample_weighting
@@ -213,6 +220,7 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
         (module, "WandBLogger"): Logger,
         (module, "load_training_state"): resumed,
         (module, "EpisodeAwareSampler"): Order,
+        (module, "update_last_checkpoint"): mark_last,
         # It would look for what to resume in the command line, which is not its own here.
         (TrainPipelineConfig, "_resolve_pretrained_from_cli"): lambda _: None,
         (weighting, "make_sample_weighter"): lambda *_, **__: InterventionWeights(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flywheel.config import TrainSettings
 from flywheel.dataset import dataset_digest
+from flywheel.dataset.yardstick import SOURCES, refuse_kept
 from flywheel.errors import StageError
 from flywheel.schema import sha256_file
 from flywheel.train import ranks
@@ -19,6 +20,8 @@ from flywheel.train.merging import ADAPTER, merge
 from flywheel.vla import BACKBONE, SIGNATURE_FILE, check, localise, working_copy
 
 NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
+# What the next turn's curation takes up: names of clusters, and what has been held out.
+HANDED_ON = ("clusters.json", SOURCES)
 OnProgress = Callable[[int, int, float], None]  # step, of, loss
 
 
@@ -37,6 +40,7 @@ class TrainResult:
     shares: tuple[float, ...]
     dataset_digest: str
     replay_digest: str
+    held_out: int  # episodes kept from the data, none of which was trained on: checked by hash
     seconds: float
     interventions: float = 0.0
     resumed: int = 0
@@ -61,13 +65,14 @@ def train(
 
     Raises:
         BundleError: ``policy`` is no checkpoint.
-        StageError: no data, or the loss is not finite.
+        StageError: no data, data that is kept for evaluation, or the loss is not finite.
     """
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
     datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
-    digests = [dataset_digest(d) for d in datasets]
     check(policy)
+    held_out = refuse_kept(datasets)
+    digests = [dataset_digest(d) for d in datasets]
     work = out.with_name(out.name + ".work")
     job, log, resumed = _prepare(work, policy, datasets, digests, settings)
 
@@ -91,6 +96,9 @@ def train(
     shutil.copytree(policy / BACKBONE, staging / BACKBONE, dirs_exist_ok=True)
     if (policy / SIGNATURE_FILE).exists():
         shutil.copyfile(policy / SIGNATURE_FILE, staging / SIGNATURE_FILE)
+    for name in HANDED_ON:
+        if (dataset / name).exists():
+            shutil.copyfile(dataset / name, staging / name)
     (staging / "train_config.json").unlink(missing_ok=True)  # holds paths of this run
     localise(staging)
     shutil.rmtree(out, ignore_errors=True)
@@ -109,6 +117,7 @@ def train(
         shares=mixed.shares,
         dataset_digest=digests[0],
         replay_digest=dataset_digest(replay) if replay is not None else "",
+        held_out=held_out,
         seconds=time.monotonic() - started,
         interventions=mixed.interventions,
         resumed=resumed,
@@ -125,8 +134,7 @@ def _prepare(
     job = Job(work / "start", tuple(datasets), work / "run", settings)
     step = _step(job)
     if step and (work / MINE).exists() and (work / MINE).read_text() == mine:
-        noted = [json.loads(line) for line in (work / NOTES).read_text().splitlines()]
-        log = [(int(s), float(loss), float(rate)) for s, loss, rate in noted if s <= step]
+        log = [row for row in _noted(work / NOTES) if row[0] <= step]
         (work / NOTES).write_text("".join(json.dumps(row) + "\n" for row in log))
         return replace(job, resume=True), log, step
     shutil.rmtree(work, ignore_errors=True)
@@ -134,6 +142,18 @@ def _prepare(
     (work / NOTES).touch()
     (work / MINE).write_text(mine)
     return job, [], 0
+
+
+def _noted(path: Path) -> list[tuple[int, float, float]]:
+    """The curve so far; a line that the end of its run cut off is left out."""
+    log = []
+    for line in path.read_text().splitlines():
+        try:
+            step, loss, rate = json.loads(line)
+            log.append((int(step), float(loss), float(rate)))
+        except (ValueError, TypeError):
+            continue
+    return log
 
 
 def _step(job: Job) -> int:

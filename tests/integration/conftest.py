@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,28 +14,28 @@ from flywheel.store import EmbeddedStore, Store, embedded_store
 
 
 @pytest.fixture(scope="session")
-def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
-    """A running Ceph RGW: endpoint and keys. Started by the first test that asks, stopped at the end.
+def rgw_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The state directory of a running Ceph RGW. Started by the first test that asks, stopped at the end.
 
     Its watchdog stops it even if the test run is killed.
     """
     home = tmp_path_factory.mktemp("rgw")
     with services.session(home, with_airflow=False):
-        running = embedded_store(home)
-        assert running is not None
-        yield running
+        yield home
+
+
+@pytest.fixture(scope="session")
+def rgw(rgw_home: Path) -> EmbeddedStore:
+    """Its endpoint and its owner's keys."""
+    running = embedded_store(rgw_home)
+    assert running is not None
+    return running
 
 
 @pytest.fixture
 def store(rgw: EmbeddedStore) -> Store:
     """The real store, under a prefix that nothing else uses."""
-    return Store(
-        f"s3://{rgw.bucket}/test-{uuid.uuid4().hex}",
-        rgw.endpoint,
-        access_key=rgw.access_key,
-        secret_key=rgw.secret_key,
-        region=rgw.region,
-    )
+    return rgw.connect(f"test-{uuid.uuid4().hex}")
 
 
 @pytest.fixture
@@ -58,3 +59,13 @@ def store_env(rgw: EmbeddedStore, store: Store, monkeypatch: pytest.MonkeyPatch)
 def free_endpoint() -> str:
     """An address on this machine where nothing listens: a store that is down."""
     return f"http://127.0.0.1:{free_port(set())}"
+
+
+@pytest.fixture(scope="module")
+def lerobot_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """lerobot's reader copies what it reads into a cache: not into the user's."""
+    import datasets  # type: ignore[import-untyped]
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield

@@ -21,21 +21,11 @@ from flywheel.episode import as_array, read
 from flywheel.errors import StageError
 from tests.attempts import CORRECTED, attempt, copy, flip, truncate
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("lerobot_cache")]
 
 SETTINGS = CurateSettings(keep_success=True)
 CHUNK = {"action": [i / 10 for i in range(16)]}
 POLICY = {**CHUNK, "observation.state": [0.0], "observation.images.wrist": [-0.1, 0.0]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lerobot_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """lerobot's reader copies what it reads into a cache: not into the user's."""
-    import datasets  # type: ignore[import-untyped]
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture(scope="module")

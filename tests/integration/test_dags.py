@@ -1,4 +1,4 @@
-"""The wheel's DAG: how it parses, what it promises, and a run of it on the real store."""
+"""The DAGs: how they parse, what they promise, and runs of them on the real store."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def parsed() -> Any:
             "errors": bag.import_errors,
             "heavy": [m for m in {HEAVY!r} if m in sys.modules],
             "dags": sorted(bag.dags),
+            "watch": {{t.task_id: [t.owner, t.retries] for t in bag.dags["watch"].tasks}},
+            "watch_doc": bag.dags["watch"].doc_md,
             "max_active_runs": dag.max_active_runs,
             "doc": dag.doc_md,
             "tags": sorted(dag.tags),
@@ -70,7 +72,7 @@ def parsed() -> Any:
 
 def test_the_folder_parses_and_imports_nothing_heavy(parsed: Any) -> None:
     assert parsed["errors"] == {}
-    assert parsed["dags"] == ["wheel"]
+    assert parsed["dags"] == ["watch", "wheel"]
     assert parsed["heavy"] == []
 
 
@@ -96,6 +98,12 @@ def test_the_run_is_one_at_a_time_documented_owned_and_repeats_what_fails(parsed
     # No other task may run after something failed.
     rules = {name: t["rule"] for name, t in parsed["tasks"].items() if t["rule"] != "all_success"}
     assert rules == {"improve.give_up": "one_failed", "outcome": "none_failed"}
+
+
+def test_what_is_looked_after_between_turns_is_documented_owned_and_repeated(parsed: Any) -> None:
+    assert set(parsed["watch"]) == {"renew", "clear", "attention"}
+    assert all(owner == "flywheel" and retries >= 1 for owner, retries in parsed["watch"].values())
+    assert "silent robots" in parsed["watch_doc"]
 
 
 def test_only_named_people_may_approve_and_silence_rolls_back(parsed: Any) -> None:
@@ -135,8 +143,10 @@ def test_a_run_from_failures_to_every_robot(store: Store, store_env: dict[str, s
                 mark_success_pattern=r"release\\.(approve|promote|hold|roll_back)",
             )
             states = {{t.task_id: str(t.state) for t in run.get_task_instances()}}
+            after = DagBag({str(ROOT / "dags" / "watch.py")!r}).dags["watch"].test()
+            watched = {{t.task_id: str(t.state) for t in after.get_task_instances()}}
             print()
-            print(json.dumps({{"state": str(run.state), "tasks": states}}))
+            print(json.dumps({{"state": str(run.state), "tasks": states, "watched": watched}}))
             """,
             FLYWHEEL_CHECKOUT=str(checkout),
             FLYWHEEL_HOME=str(home),
@@ -148,6 +158,7 @@ def test_a_run_from_failures_to_every_robot(store: Store, store_env: dict[str, s
     assert run["state"] == "success", run
     assert run["tasks"].pop("improve.give_up") == "skipped"
     assert set(run["tasks"].values()) == {"success"}
+    assert run["watched"] == dict.fromkeys(("renew", "clear", "attention"), "success")
     (result,) = [
         store.get_json(i.key, TurnResult) for i in store.list("runs/") if i.key.endswith("result.json")
     ]

@@ -113,9 +113,11 @@ def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(
 
     write_demonstrations(tmp_path / "new", "factory")
     write_demonstrations(tmp_path / "old", "lab")
+    (tmp_path / "new" / "clusters.json").write_text("{}")
     steps = TrainSettings(steps=3, batch_size=8, threads=1, processes=processes)
     result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=tmp_path / "old")
     assert np.isfinite(result.loss)
+    assert (tmp_path / "out" / "clusters.json").exists(), "the next turn would name its clusters anew"
     assert result.shares[0] == pytest.approx(0.5, abs=0.2)
     before, after = (load_file(d / "model.safetensors") for d in (BASE, tmp_path / "out"))
     assert any(not np.array_equal(before[k], after[k]) for k in before)

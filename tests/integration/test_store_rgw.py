@@ -44,6 +44,10 @@ def test_empty_object_survives(store: Store) -> None:
     assert store.get("empty") == b""
 
 
+def test_parts_that_a_lost_robot_left_behind_do_not_stay_for_ever(store: Store) -> None:
+    assert store.clears_unfinished()
+
+
 def test_listing_is_complete_past_one_page_and_in_order(store: Store) -> None:
     keys = [f"many/{n:04d}" for n in range(1005)]
     with ThreadPoolExecutor(8) as pool:
