@@ -1,7 +1,7 @@
 """A policy checkpoint on disk: lerobot's files, with the backbone's description beside them.
 
     config.json  model.safetensors  policy_preprocessor*.{json,safetensors}  policy_postprocessor*…
-    vlm/            configuration, tokenizer and image processor of the vision-language backbone
+    vlm/            configuration, tokenizer and image processor of SmolVLA's vision-language backbone
     signature.json  what states and actions mean (``Signature``); absent for the twin's cell
     bundle/         the exported policy bundle (models/base and released checkpoints)
 
@@ -10,6 +10,8 @@ resolved against the checkpoint's own directory on loading, so that a checkpoint
 from elsewhere needs ``vlm/`` put beside its files (of SmolVLM2-500M-Video-Instruct, for the published
 SmolVLA; no weights: they are in model.safetensors) and, for another robot than the twin's, its
 ``signature.json``.
+
+ACT (Zhao et al. 2023) has no language and no ``vlm/``.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from flywheel.schema import Strict
 BACKBONE = "vlm"
 SIGNATURE_FILE = "signature.json"
 BACKBONE_FILES = (f"{BACKBONE}/config.json", f"{BACKBONE}/tokenizer.json")
+SMOLVLA, ACT = "smolvla", "act"  # lerobot's names of the policies that are trained and exported here
 NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
 
 
@@ -81,57 +84,92 @@ def offline() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def check(directory: Path) -> None:
-    """Raise ``BundleError`` if something of a checkpoint is missing."""
-    for name in (*NEEDED, *BACKBONE_FILES):
+def kind(directory: Path) -> str:
+    """lerobot's name of a checkpoint's policy: ``SMOLVLA`` or ``ACT``; ``BundleError`` for others."""
+    path = directory / "config.json"
+    try:
+        found = json.loads(path.read_bytes())["type"]
+    except OSError as e:
+        raise BundleError(f"{path}: {e.strerror}; a checkpoint holds {', '.join(NEEDED)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(f"{path}: is no configuration of a lerobot policy") from None
+    if found not in (SMOLVLA, ACT):
+        raise BundleError(
+            f"{path}: type = {found!r}; what is trained and exported is {SMOLVLA!r} and {ACT!r}"
+        )
+    return str(found)
+
+
+def check(directory: Path) -> str:
+    """A checkpoint's ``kind``; ``BundleError`` if something of it is missing."""
+    found = kind(directory)
+    for name in NEEDED if found == ACT else (*NEEDED, *BACKBONE_FILES):
         if not (directory / name).is_file():
             raise BundleError(
-                f"{directory / name}: no such file; a checkpoint holds {', '.join(NEEDED)} and, in "
+                f"{directory / name}: no such file; a checkpoint holds {', '.join(NEEDED)} and SmolVLA's, in "
                 f"{BACKBONE}/, the configuration, tokenizer and processor of its backbone"
             )
+    return found
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded policy: lerobot's policy, its processors, and the statistics they normalise with."""
 
+    kind: str
     policy: Any
     pre: Any
     post: Any
     stats: dict[str, dict[str, Any]]
 
+    def predict(self, batch: dict[str, Any], noise: Any, num_steps: int) -> Any:
+        """The normalised chunk ``[1, T, A]`` for what ``pre`` gave; ACT takes neither noise nor steps."""
+        self.policy.reset()
+        if self.kind == ACT:
+            return self.policy.predict_action_chunk(batch)
+        self.policy.config.num_steps = num_steps
+        return self.policy.predict_action_chunk(batch, noise=noise)
+
 
 def load(directory: Path) -> Checkpoint:
-    """Load a SmolVLA checkpoint for inference on the CPU.
+    """Load a checkpoint for inference on the CPU.
 
     Raises:
-        BundleError: files are missing, or it is another kind of policy.
+        BundleError: files or weights are missing, or it is another kind of policy.
     """
     offline()
-    check(directory)
+    found = check(directory)
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from safetensors import safe_open
 
     config: Any = PreTrainedConfig.from_pretrained(directory)
-    if config.type != "smolvla":
-        raise BundleError(f"{directory / 'config.json'}: type = {config.type!r}; this exports 'smolvla'")
-    backbone = str((directory / BACKBONE).absolute())
-    config.vlm_model_name = backbone
-    config.load_vlm_weights = False  # the checkpoint's own follow; vlm/ has none
     config.device = "cpu"
-    policy = SmolVLAPolicy.from_pretrained(directory, config=config)
+    overrides: dict[str, Any] = {}
+    if found == SMOLVLA:
+        config.vlm_model_name = str((directory / BACKBONE).absolute())
+        config.load_vlm_weights = False  # the checkpoint's own follow; vlm/ has none
+        overrides = {"tokenizer_processor": {"tokenizer_name": config.vlm_model_name}}
+    else:
+        config.pretrained_backbone_weights = None  # the checkpoint's own follow
+    policy: Any = get_policy_class(found).from_pretrained(directory, config=config)
     policy.eval()
+    # lerobot would run on with random numbers in their place, and so would what is exported from it.
+    with safe_open(directory / "model.safetensors", "pt") as weights:
+        stored = set(weights.keys())
+    if missing := sorted(name for name, _ in policy.named_parameters() if name not in stored):
+        raise BundleError(
+            f"{directory / 'model.safetensors'}: {len(missing)} of the policy's weights are missing, such as "
+            f"{missing[0]}: config.json is of another policy"
+        )
     pre, post = make_pre_post_processors(
-        config,
-        pretrained_path=str(directory),
-        preprocessor_overrides={"tokenizer_processor": {"tokenizer_name": backbone}},
+        config, pretrained_path=str(directory), preprocessor_overrides=overrides
     )
     normaliser: Any = next((s for s in pre.steps if hasattr(s, "_tensor_stats")), None)
     if normaliser is None:
         raise BundleError(f"{directory / 'policy_preprocessor.json'}: has no normalizer_processor")
     stats = {key: dict(values) for key, values in normaliser._tensor_stats.items()}
-    return Checkpoint(policy, pre, post, stats)
+    return Checkpoint(found, policy, pre, post, stats)
 
 
 def statistics(directory: Path) -> dict[str, dict[str, Any]]:
@@ -153,27 +191,31 @@ def statistics(directory: Path) -> dict[str, dict[str, Any]]:
 
 def localise(directory: Path) -> None:
     """Make every stored path of a checkpoint relative to it."""
-    _rename_backbone(directory, BACKBONE)
+    _stand_alone(directory, BACKBONE)
 
 
 def working_copy(source: Path, target: Path) -> Path:
     """Copy a checkpoint to where a training run can load it without overrides: with absolute paths."""
     check(source)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("bundle"), dirs_exist_ok=True)
-    _rename_backbone(target, str((target / BACKBONE).absolute()))
+    _stand_alone(target, str((target / BACKBONE).absolute()))
     return target
 
 
-def _rename_backbone(directory: Path, name: str) -> None:
+def _stand_alone(directory: Path, backbone: str) -> None:
+    """Let nothing in a checkpoint name a hub or another place; SmolVLA's backbone is at ``backbone``."""
     config = directory / "config.json"
     doc = json.loads(config.read_text())
-    doc["vlm_model_name"] = name
-    doc["load_vlm_weights"] = False
     doc["pretrained_path"] = None
+    if doc["type"] == ACT:
+        doc["pretrained_backbone_weights"] = None
+    else:
+        doc["vlm_model_name"] = backbone
+        doc["load_vlm_weights"] = False
     config.write_text(json.dumps(doc, indent=2) + "\n")
     processor = directory / "policy_preprocessor.json"
     doc = json.loads(processor.read_text())
     for step in doc["steps"]:
         if step.get("registry_name") == "tokenizer_processor":
-            step["config"]["tokenizer_name"] = name
+            step["config"]["tokenizer_name"] = backbone
     processor.write_text(json.dumps(doc, indent=2) + "\n")

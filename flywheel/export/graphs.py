@@ -142,13 +142,13 @@ def exportable(policy: Any) -> Iterator[None]:
         smolvlm_with_expert.apply_rope, vision.forward, modeling_smolvlm.create_bidirectional_mask = saved
 
 
-def trace(
-    policy: Any, module: nn.Module, inputs: tuple[Any, ...], names: list[str], outputs: list[str]
+def exported(
+    module: nn.Module, inputs: tuple[Any, ...], names: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
     """One module as an ONNX model, without duplicate weights and without traces of the source tree."""
     from onnx_ir.passes import common as passes
 
-    with torch.no_grad(), exportable(policy):
+    with torch.no_grad():
         program: Any = torch.onnx.export(
             module.eval(),
             inputs,
@@ -173,9 +173,9 @@ def both(
     seen = (example["images"], example["tokens"], example["token_mask"], example["state"])
     with torch.no_grad(), exportable(policy):
         mask, cache = prefix(*seen)
-    first = trace(
-        policy, prefix, seen, ["images", "tokens", "token_mask", "state"], ["prefix_mask", "kv_cache"]
-    )
+        first = exported(
+            prefix, seen, ["images", "tokens", "token_mask", "state"], ["prefix_mask", "kv_cache"]
+        )
     noise = example["noise"]
     moving = (
         mask,
@@ -187,4 +187,5 @@ def both(
         torch.zeros(noise.shape[1]),
     )
     names = ["prefix_mask", "kv_cache", "x", "t", "dt", "prev", "weights"]
-    return first, trace(policy, step, moving, names, ["x_next"])
+    with exportable(policy):
+        return first, exported(step, moving, names, ["x_next"])

@@ -43,7 +43,6 @@ def reference(loaded: Checkpoint, bundle: Bundle, seen: Sequence[Seen], relative
     import torch
     from lerobot.policies.utils import prepare_observation_for_inference
 
-    loaded.policy.config.num_steps = bundle.num_steps
     noise = torch.from_numpy(start_noise(bundle))
     out: list[Chunk] = []
     for s in seen:
@@ -51,8 +50,7 @@ def reference(loaded: Checkpoint, bundle: Bundle, seen: Sequence[Seen], relative
         raw["observation.state"] = s.state.copy()
         with torch.inference_mode():
             batch = loaded.pre(prepare_observation_for_inference(raw, torch.device("cpu"), s.instruction))
-            loaded.policy.reset()
-            normal = loaded.policy.predict_action_chunk(batch, noise=noise)
+            normal = loaded.predict(batch, noise, bundle.num_steps)
             units = loaded.post(normal.clone()).numpy()[0].copy()
         units[:, :relative] += s.state[:relative]
         out.append((normal.numpy()[0], units))

@@ -18,18 +18,17 @@ import numpy as np
 from flywheel import __version__
 from flywheel.config import ExportSettings
 from flywheel.errors import BundleError, ConfigError, StageError
+from flywheel.export import describing
 from flywheel.export.observations import Seen, generated, recorded
 from flywheel.export.parity import Chunk, Parity, compare, reference
 from flywheel.schema import Bundle, bundle_digest, sha256_file
-from flywheel.vla import BACKBONE, SIGNATURE_FILE, Checkpoint, check, load, offline, signature
+from flywheel.vla import ACT, Checkpoint, load, offline, signature
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import onnx
 
-IMAGES = "observation.images."
-EMPTY = "empty_camera_"  # lerobot's cameras that are not there
 MODEL_BYTES = 2**31 - 1  # of one protobuf message
 # First ONNX Runtime that reads an intermediate representation, that has an opset (its release notes). What
 # is not listed is taken to need the one that the bundle was compared on. 2.0 is not known to run it.
@@ -77,24 +76,24 @@ def export(
     ``observations`` is a LeRobotDataset to compare on; without one, noise is drawn.
 
     Raises:
-        BundleError: the checkpoint is incomplete or not a SmolVLA policy.
+        BundleError: the checkpoint is incomplete, or of a policy that is not exported.
         StageError: ONNX Runtime's actions differ from lerobot's by more than ``settings`` allows, a smaller
             precision loses success in the twin, or the policy cannot be exported.
     """
     settings = ExportSettings() if settings is None else settings
     started = time.monotonic()
     offline()
-    check(checkpoint)
     loaded = load(checkpoint)
     about = {
         "runtime": __version__,
         "checkpoint_sha256": sha256_file(checkpoint / "model.safetensors"),
-        "pad_token_id": _pad_id(checkpoint),
+        "policy": loaded.kind,
+        "pad_token_id": describing.pad_id(checkpoint, loaded.kind),
         "parameters": sum(p.numel() for p in loaded.policy.parameters()),
         "precision": settings.precision,
         **(provenance or {}),
     }
-    bundle = _bundle(checkpoint, loaded, settings, name, limits_sha256, about)
+    bundle = describing.bundle_of(checkpoint, loaded, settings, name, limits_sha256, about)
     if observations is None:
         seen = generated(loaded.stats, bundle, settings.parity_observations)
     else:
@@ -157,71 +156,6 @@ def _smaller(staging: Path) -> Path:
     return staging.with_name(staging.name + ".smaller")
 
 
-def _bundle(
-    checkpoint: Path,
-    loaded: Checkpoint,
-    settings: ExportSettings,
-    name: str,
-    limits_sha256: str,
-    about: dict[str, Any],
-) -> Bundle:
-    """``policy.json``, but for what is only known of the graph. Refuses what the graph would not do."""
-    config = loaded.policy.config
-    meaning = signature(checkpoint)
-    views = {
-        k.removeprefix(IMAGES): (int(f.shape[1]), int(f.shape[2]))
-        for k, f in config.image_features.items()
-        if not k.removeprefix(IMAGES).startswith(EMPTY)
-    }
-    if len(set(views.values())) != 1:
-        raise StageError(
-            f"{checkpoint / 'config.json'}: cameras are of {views or 'no size at all'}; a bundle has one "
-            "size for all: resize them where the dataset is built"
-        )
-    states, actions = int(config.robot_state_feature.shape[0]), int(config.action_feature.shape[0])
-    if (states, actions) != (len(meaning.state_names), len(meaning.action_names)):
-        raise StageError(
-            f"{checkpoint}: state has {states} and action {actions} dimensions, but "
-            f"{SIGNATURE_FILE} (the twin's, if there is none) names {len(meaning.state_names)} and "
-            f"{len(meaning.action_names)}: write one that says what they are"
-        )
-    for key, size in (("observation.state", states), ("action", actions)):
-        for figure in ("mean", "std"):
-            have = np.shape(loaded.stats.get(key, {}).get(figure, 0.0))
-            if have != (size,):
-                raise StageError(
-                    f"{checkpoint / 'policy_preprocessor.json'}: {key} has no {figure} of {size} numbers "
-                    f"(found shape {have}): train the policy on a dataset of its robot first"
-                )
-    modes = {
-        str(getattr(k, "value", k)): getattr(m, "value", m) for k, m in config.normalization_mapping.items()
-    }
-    if modes != {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}:
-        raise StageError(
-            f"{checkpoint / 'config.json'}: normalization_mapping = {modes}; the graph normalises states and "
-            "actions by MEAN_STD and images not at all"
-        )
-    if config.adapt_to_pi_aloha:
-        raise StageError(f"{checkpoint / 'config.json'}: adapt_to_pi_aloha is not exported; set it to false")
-    chunk = int(config.chunk_size)
-    return Bundle(
-        name=name,
-        cameras=tuple(views),
-        image_hw=next(iter(views.values())),
-        state_names=meaning.state_names,
-        action_names=meaning.action_names,
-        action_space=meaning.action_space,
-        chunk=chunk,
-        execute=min(meaning.execute, chunk) or max(1, chunk // 2),
-        step_ns=meaning.step_ns,
-        max_action_dim=int(config.max_action_dim),
-        tokens=int(config.tokenizer_max_length),
-        num_steps=settings.num_steps,
-        limits_sha256=limits_sha256,
-        provenance=about,
-    )
-
-
 def _write(checkpoint: Path, loaded: Checkpoint, bundle: Bundle, staging: Path) -> Bundle:
     """Write the float32 bundle; returns its ``policy.json``, complete."""
     import onnx
@@ -234,7 +168,7 @@ def _write(checkpoint: Path, loaded: Checkpoint, bundle: Bundle, staging: Path) 
     onnx.save(model, str(staging / "policy.onnx"))
     del model
     onnx.checker.check_model(str(staging / "policy.onnx"))
-    shutil.copyfile(checkpoint / BACKBONE / "tokenizer.json", staging / "tokenizer.json")
+    describing.write_tokenizer(checkpoint, loaded.kind, staging / "tokenizer.json")
     (staging / "policy.json").write_bytes(bundle.to_bytes())
     return bundle
 
@@ -242,6 +176,7 @@ def _write(checkpoint: Path, loaded: Checkpoint, bundle: Bundle, staging: Path) 
 def _graph(checkpoint: Path, loaded: Checkpoint, bundle: Bundle) -> onnx.ModelProto:
     import torch
 
+    from flywheel.export import act
     from flywheel.export.graphs import both
     from flywheel.export.join import join
 
@@ -252,6 +187,11 @@ def _graph(checkpoint: Path, loaded: Checkpoint, bundle: Bundle) -> onnx.ModelPr
         "state": torch.zeros(1, len(bundle.state_names)),
         "noise": torch.zeros(1, bundle.chunk, bundle.max_action_dim),
     }
+    relative = signature(checkpoint).relative
+    if loaded.kind == ACT:
+        model = act.graph(loaded.policy, loaded.stats, example, relative)
+        _require_one_file(checkpoint, [model])
+        return model
     parts = both(loaded.policy, loaded.stats, example)
     _require_one_file(checkpoint, parts)
     action = loaded.stats["action"]
@@ -261,7 +201,7 @@ def _graph(checkpoint: Path, loaded: Checkpoint, bundle: Bundle) -> onnx.ModelPr
         bundle.max_action_dim,
         np.asarray(action["mean"], np.float32),
         np.asarray(action["std"], np.float32),
-        signature(checkpoint).relative,
+        relative,
     )
 
 
@@ -354,14 +294,3 @@ def _closed_loop(full: Path, smaller: Path, settings: ExportSettings) -> dict[st
         "success_low": found.low,
         "success_pairs": found.n,
     }
-
-
-def _pad_id(checkpoint: Path) -> int:
-    doc = json.loads((checkpoint / BACKBONE / "config.json").read_text())
-    try:
-        return int(doc["pad_token_id"])
-    except (KeyError, TypeError, ValueError):
-        raise BundleError(
-            f"{checkpoint / BACKBONE / 'config.json'}: pad_token_id = {doc.get('pad_token_id')!r}: must be "
-            "the token that fills an instruction up"
-        ) from None

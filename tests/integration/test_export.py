@@ -25,7 +25,7 @@ from flywheel.edge.rows import EventLog, event_dtype
 from flywheel.edge.safety import SafetyLimits
 from flywheel.edge.system2 import System2
 from flywheel.errors import BundleError, StageError
-from flywheel.export import blank, export, stage
+from flywheel.export import blank, describing, export, stage
 from flywheel.robot import FloatArray, Image, Observation
 from flywheel.schema import Bundle, bundle_digest
 
@@ -203,7 +203,8 @@ def sound(checkpoint: Path) -> onnx.ModelProto:
 
     loaded = load(checkpoint)
     about = {"pad_token_id": 2}
-    return stage._graph(checkpoint, loaded, stage._bundle(checkpoint, loaded, SETTINGS, "arm", "", about))
+    bundle = describing.bundle_of(checkpoint, loaded, SETTINGS, "arm", "", about)
+    return stage._graph(checkpoint, loaded, bundle)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,8 @@ def base_graph() -> onnx.ModelProto:
 
     loaded = load(BASE)
     about = {"pad_token_id": 2}
-    return stage._graph(BASE, loaded, stage._bundle(BASE, loaded, ExportSettings(), "base", "", about))
+    bundle = describing.bundle_of(BASE, loaded, ExportSettings(), "base", "", about)
+    return stage._graph(BASE, loaded, bundle)
 
 
 @pytest.fixture
@@ -432,15 +434,16 @@ def test_a_smaller_precision_whose_success_is_not_shown_is_refused(recordings: P
 
 
 def test_a_smaller_precision_of_a_policy_that_the_twin_cannot_run_is_refused(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, sound: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stage, "_graph", lambda *_: sound)
     settings = SETTINGS.model_copy(update={"precision": "float16", "closed_loop_pairs": 2})
     with pytest.raises(StageError, match=r"success cannot be measured in the twin"):
         export(checkpoint, tmp_path / "bundle", settings)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_chunk_as_long_as_a_slot_holds(tmp_path: Path) -> None:
     size = replace(SMALL, chunk=64, cameras=(("eye", 32, 32),), empty_cameras=0)
     result = export(blank.write_checkpoint(tmp_path / "c", size), tmp_path / "bundle", SETTINGS)
