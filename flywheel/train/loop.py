@@ -133,6 +133,7 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
     policy.device = "cpu"
     policy.push_to_hub = False
     policy.optimizer_lr = settings.learning_rate
+    # ACT has no schedule and does not look at these.
     policy.scheduler_warmup_steps = max(1, settings.steps // 20)
     policy.scheduler_decay_steps = settings.steps
     policy.scheduler_decay_lr = settings.learning_rate / 30
@@ -205,13 +206,6 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
         data.before_first = lambda: torch.set_rng_state(state)
         return found
 
-    def mark_last(checkpoint: Path) -> None:
-        """As lerobot's, in one step: a run that is ended between two would be left without a last one."""
-        fresh = checkpoint.with_name("last.part")
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(checkpoint.name)
-        fresh.replace(job.last)
-
     module: Any = lerobot_train
     load_training_state = module.load_training_state
     weighting: Any = sample_weighting
@@ -238,6 +232,14 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
     return Mixed(
         tuple(len(p) for p in parts), tuple(data.shares), float(interventions.mean()) if len(data) else 0.0
     )
+
+
+def mark_last(checkpoint: Path) -> None:
+    """As lerobot's, in one step: a run that is ended between its two would be left without a last one."""
+    fresh = checkpoint.with_name("last.part")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(checkpoint.name)
+    fresh.replace(checkpoint.with_name("last"))
 
 
 def _arrays(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from flywheel.schema import sha256_file
 from flywheel.train import ranks
 from flywheel.train.loop import Job
 from flywheel.train.merging import ADAPTER, merge
-from flywheel.vla import BACKBONE, SIGNATURE_FILE, check, localise, working_copy
+from flywheel.vla import BACKBONE, SIGNATURE_FILE, SMOLVLA, check, localise, working_copy
 
 NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
 # What the next turn's curation takes up: names of clusters, and what has been held out.
@@ -65,12 +65,13 @@ def train(
 
     Raises:
         BundleError: ``policy`` is no checkpoint.
-        StageError: no data, data that is kept for evaluation, or the loss is not finite.
+        StageError: no data, data that is kept for evaluation, settings that are not for such a policy, or
+            the loss is not finite.
     """
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
     datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
-    check(policy)
+    _require_trainable(policy, check(policy), settings)
     held_out = refuse_kept(datasets)
     digests = [dataset_digest(d) for d in datasets]
     work = out.with_name(out.name + ".work")
@@ -93,7 +94,8 @@ def train(
         merge(last, job.start, staging)
     else:
         shutil.copytree(last, staging)
-    shutil.copytree(policy / BACKBONE, staging / BACKBONE, dirs_exist_ok=True)
+    if (policy / BACKBONE).exists():
+        shutil.copytree(policy / BACKBONE, staging / BACKBONE, dirs_exist_ok=True)
     if (policy / SIGNATURE_FILE).exists():
         shutil.copyfile(policy / SIGNATURE_FILE, staging / SIGNATURE_FILE)
     for name in HANDED_ON:
@@ -122,6 +124,21 @@ def train(
         interventions=mixed.interventions,
         resumed=resumed,
     )
+
+
+def _require_trainable(policy: Path, kind: str, settings: TrainSettings) -> None:
+    """lerobot has neither adapters' targets nor a loss by sample for ACT."""
+    if kind == SMOLVLA:
+        return
+    for name, value, plain in (
+        ("lora_rank", settings.lora_rank, 0),
+        ("intervention_weight", settings.intervention_weight, 1.0),
+    ):
+        if value != plain:
+            raise StageError(
+                f"{policy}: train.{name} = {value:g} is for {SMOLVLA!r} alone, and this is {kind!r}: set it to "
+                f"{plain:g}"
+            )
 
 
 def _prepare(

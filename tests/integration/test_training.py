@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from flywheel.dataset import Clip, load_frames, write_dataset
 from flywheel.errors import BundleError
 from flywheel.export import blank
 from flywheel.train import train
-from flywheel.train.loop import InterventionWeights, RelativeActions
+from flywheel.train.loop import InterventionWeights, RelativeActions, mark_last
 from flywheel.vla import NEEDED, load, signature, statistics
 from tests.integration.test_export import SMALL
 
@@ -121,10 +122,13 @@ def test_weights_reach_lerobots_loss(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_ended_by_sigterm_goes_on_at_its_last_checkpoint_to_the_same_weights(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, processes: int
 ) -> None:
-    settings = TrainSettings(steps=60, batch_size=4, threads=1, replay_fraction=0.0, checkpoint_steps=20)
+    settings = TrainSettings(
+        steps=60, batch_size=4, threads=1, replay_fraction=0.0, checkpoint_steps=20, processes=processes
+    )
     whole = train(BASE, data, tmp_path / "whole", settings)
     assert whole.resumed == 0
     out = tmp_path / "out"
@@ -139,6 +143,7 @@ def test_a_run_ended_by_sigterm_goes_on_at_its_last_checkpoint_to_the_same_weigh
     last = tmp_path / "out.work" / "run" / "checkpoints" / "last"
     while not last.is_symlink() and process.poll() is None:
         time.sleep(0.01)  # another process's file: there is nothing to wait on
+    assert process.poll() is None, "it ended before it was told to"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == -signal.SIGTERM
     assert not out.exists()
@@ -150,6 +155,26 @@ def test_a_run_ended_by_sigterm_goes_on_at_its_last_checkpoint_to_the_same_weigh
     assert all(np.array_equal(a[k], b[k]) for k in a)
     assert (resumed.first_loss, resumed.loss) == (whole.first_loss, whole.loss)
     assert not (tmp_path / "out.work").exists()
+
+
+def test_an_end_while_a_checkpoint_is_marked_as_the_last_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("000020", "000040"):
+        (tmp_path / name).mkdir()
+    mark_last(tmp_path / "000020")
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("symlink_to", "replace", "unlink", "rename"):
+        with monkeypatch.context() as m:
+            m.setattr(Path, step, end)
+            with contextlib.suppress(KeyboardInterrupt):
+                mark_last(tmp_path / "000040")
+        assert os.readlink(tmp_path / "last") in ("000020", "000040"), step
+    mark_last(tmp_path / "000040")
+    assert os.readlink(tmp_path / "last") == "000040"
 
 
 def test_what_a_run_on_other_data_left_is_not_gone_on_with(data: Path, tmp_path: Path) -> None:
