@@ -136,8 +136,8 @@ def _require_trainable(policy: Path, kind: str, settings: TrainSettings) -> None
     ):
         if value != plain:
             raise StageError(
-                f"{policy}: train.{name} = {value:g} is for {SMOLVLA!r} alone, and this is {kind!r}: set it to "
-                f"{plain:g}"
+                f"{policy}: train.{name} = {value:g} is for {SMOLVLA!r} alone, and this is {kind!r}: "
+                f"set it to {plain:g}"
             )
 
 

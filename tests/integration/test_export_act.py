@@ -196,9 +196,7 @@ def test_other_policies_are_refused_by_name(checkpoint: Path, tmp_path: Path) ->
     shutil.copytree(checkpoint, tmp_path / "c")
     doc = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**doc, "type": "diffusion"}))
-    with pytest.raises(
-        BundleError, match=r"type = 'diffusion'; trained and exported are 'smolvla' and 'act'"
-    ):
+    with pytest.raises(BundleError, match=r"'diffusion'; trained and exported are 'smolvla' and 'act'"):
         export(tmp_path / "c", tmp_path / "bundle", SETTINGS)
     (tmp_path / "c" / "config.json").write_text("[]")
     with pytest.raises(BundleError, match=r"config\.json: is no configuration of a lerobot policy"):
@@ -211,9 +209,7 @@ def test_weights_that_are_missing_are_not_made_up(checkpoint: Path, tmp_path: Pa
     weights = load_file(tmp_path / "c" / "model.safetensors")
     del weights["model.action_head.bias"]
     save_file(weights, tmp_path / "c" / "model.safetensors")
-    with pytest.raises(
-        BundleError, match=r"1 of the policy's weights are missing, such as model\.action_head"
-    ):
+    with pytest.raises(BundleError, match=r"1 of the policy's weights are missing, such as model\.action_"):
         export(tmp_path / "c", tmp_path / "bundle", SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
