@@ -196,7 +196,7 @@ def test_other_policies_are_refused_by_name(checkpoint: Path, tmp_path: Path) ->
     shutil.copytree(checkpoint, tmp_path / "c")
     doc = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**doc, "type": "diffusion"}))
-    with pytest.raises(BundleError, match=r"'diffusion'; trained and exported are 'smolvla' and 'act'"):
+    with pytest.raises(BundleError, match=r"type = 'diffusion'; what is trained and exported is 'smolvla'"):
         export(tmp_path / "c", tmp_path / "bundle", SETTINGS)
     (tmp_path / "c" / "config.json").write_text("[]")
     with pytest.raises(BundleError, match=r"config\.json: is no configuration of a lerobot policy"):
