@@ -87,10 +87,10 @@ def offline() -> None:
 def kind(directory: Path) -> str:
     """lerobot's name of a checkpoint's policy: ``SMOLVLA`` or ``ACT``; ``BundleError`` for others."""
     path = directory / "config.json"
+    if not path.is_file():
+        raise BundleError(f"{path}: no such file; a checkpoint holds {', '.join(NEEDED)}")
     try:
         found = json.loads(path.read_bytes())["type"]
-    except OSError as e:
-        raise BundleError(f"{path}: {e.strerror}; a checkpoint holds {', '.join(NEEDED)}") from None
     except (ValueError, KeyError, TypeError):
         raise BundleError(f"{path}: is no configuration of a lerobot policy") from None
     if found not in (SMOLVLA, ACT):

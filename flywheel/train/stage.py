@@ -71,8 +71,8 @@ def train(
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
     datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
-    _require_trainable(policy, check(policy), settings)
     held_out = refuse_kept(datasets)
+    _require_trainable(policy, check(policy), settings)
     digests = [dataset_digest(d) for d in datasets]
     work = out.with_name(out.name + ".work")
     job, log, resumed = _prepare(work, policy, datasets, digests, settings)
