@@ -23,7 +23,8 @@ from flywheel.edge import loop, realtime
 from flywheel.edge.link import Arena, Ring, Seqlock
 from flywheel.edge.processes import Plan, Shared
 from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype, control_dtype
-from flywheel.edge.system1 import HEARTBEAT, System1
+from flywheel.edge.system1 import System1
+from flywheel.edge.tick import HEARTBEAT
 from flywheel.robot import JointState
 from flywheel.schema import Mode
 from tests.robots import BUNDLE, JOINTS, Tiny
@@ -58,8 +59,9 @@ class Rig:
         self.slot.write(chunk)
 
     def run(self, ticks: int) -> None:
-        tick = self.system.tick
+        rehearse, tick = self.system.rehearse, self.system.tick
         for _ in range(ticks):
+            rehearse(self.now)
             tick(self.now)
             self.now += MS
 
@@ -80,12 +82,17 @@ def test_compiled_code_allocates_nothing_in_any_tick() -> None:
     rig = Rig()
     status = np.zeros(realtime.STATUS_WORDS, np.int64)
     address = status.ctypes.data
-    realtime.pace_at(address, 1000)
+
+    def wait() -> None:
+        realtime.rise_at(address, 1000, 500)
+        realtime.await_deadline_at(address, 1000)
+
+    wait()
 
     def watched() -> None:
         before = stats()
         rig.run(60)
-        realtime.pace_at(address, 1000)
+        wait()
         assert stats() == before
 
     met = rig.through(watched)
@@ -135,6 +142,7 @@ def test_python_keeps_nothing_of_a_tick_and_needs_only_a_few_numbers_for_it() ->
 # AUDIT_ARCH of <linux/audit.h>, clock_nanosleep, clock_gettime (where it is not in the vDSO), exit_group
 SYSCALLS = {"x86_64": (0xC000003E, 230, 228, 231), "aarch64": (0xC00000B7, 115, 113, 94)}
 TICKS = 400
+EARLY_NS = 250_000  # so that there is time to rehearse
 
 
 def forbid_everything_else() -> None:
@@ -185,7 +193,9 @@ def enter(what: str) -> None:
     system = System1(
         Tiny(255), 1000.0, shared.slot, shared.control, control=shared.commands, wall=True
     )  # moves: its read and write are numpy alone
-    realtime.pace_at(np.zeros(realtime.STATUS_WORDS, np.int64).ctypes.data, MS)
+    address = np.zeros(realtime.STATUS_WORDS, np.int64).ctypes.data
+    realtime.rise_at(address, MS, 0)
+    realtime.await_deadline_at(address, MS)
     realtime.claim(0, None)
     now, _ = realtime.pace(shared.places["system1"].status, MS)
     shared.commands[HEARTBEAT] = now + 3600 * 10**9
@@ -199,7 +209,8 @@ def enter(what: str) -> None:
         "write": lambda: os.write(1, b"log"),
         "mmap": lambda: bytearray(1 << 22),
     }
-    loop.run(system, shared.commands, shared.places["system1"].status, MS, After(forbidden.get(what)))
+    after = After(forbidden.get(what))
+    loop.run(system, shared.commands, shared.places["system1"].status, MS, after, EARLY_NS)
     os._exit(0 if system.resting and system.counters["accepted"] == 1 else 1)
 
 

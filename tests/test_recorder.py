@@ -362,6 +362,38 @@ def test_what_was_missed_long_before_is_not_counted(tmp_path: Path) -> None:
     assert (m.drops, m.gaps) == (0, 0)
 
 
+def test_rows_that_come_after_their_window_was_let_go_are_counted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.play(1.5)
+    stage.say("trigger", "dropped_object")
+    stage.play(0.4)
+    (m,) = stage.recorder.poll(stage.now + 3 * S)  # System 1 writes nothing for longer than anyone waits
+    stage.play(0.2)
+    assert m.window_ns == (500 * MS, 2000 * MS)
+    assert (load(tmp_path, m).control.num_rows, m.drops) == (1400, 99)  # what is due within a tick is no drop
+
+
+def test_what_is_open_at_the_end_goes_no_farther_than_the_rows(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.play(1.5)
+    stage.say("trigger", "dropped_object")
+    stage.play(0.1)
+    stage.now += 50 * MS  # System 1 ended before the recorder
+    (m,) = stage.finish()
+    rows = load(tmp_path, m).control.num_rows
+    assert 0 <= (m.window_ns[1] - m.window_ns[0]) // MS - rows <= 1
+    assert m.drops == 0
+
+
+def test_a_trigger_after_the_last_row_stays_in_its_window(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.play(1.5)
+    stage.now += 50 * MS
+    stage.say("trigger", "dropped_object")
+    (m,) = stage.finish()
+    assert m.window_ns[1] == m.triggers[-1].t_ns + 1
+
+
 def test_a_frame_without_a_picture_is_a_drop_not_a_row(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.play(1.0)

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flywheel.edge import system1 as module
 from flywheel.edge.link import Records, Ring, Seqlock
 from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype, control_dtype
 from flywheel.edge.safety import (
@@ -26,7 +25,8 @@ from flywheel.edge.safety import (
     UPPER,
     VELOCITY,
 )
-from flywheel.edge.system1 import COMMAND, CONTROL_WORDS, HEARTBEAT, RESET, System1
+from flywheel.edge.system1 import System1
+from flywheel.edge.tick import COMMAND, CONTROL_WORDS, HEARTBEAT, HEARTBEAT_LIMIT_NS, RESET
 from flywheel.errors import ConfigError
 from flywheel.robot import FloatArray, JointState
 from flywheel.schema import Limit, Mode
@@ -616,6 +616,28 @@ def test_a_tick_allocates_nothing_that_stays() -> None:
     assert after - before < 50  # one block a tick would be 2000
 
 
+def test_a_rehearsal_leaves_no_trace_in_any_mode() -> None:
+    """Two robots, one of which rehearses every tick, whatever comes: they and their rows stay the same."""
+    plain, rehearsed = Rig(), Rig()
+    tick = rehearsed.system.tick
+
+    def after_rehearsal(now_ns: int, late_ns: int = 0) -> None:
+        rehearsed.system.rehearse(now_ns)
+        rehearsed.system.rehearse(now_ns + 1)
+        tick(now_ns, late_ns)
+
+    rehearsed.system.tick = after_rehearsal  # type: ignore[method-assign]
+    for rig in (plain, rehearsed):
+        rig.follow()
+        rig.run(3.0)  # no more chunks: down the whole ladder
+        rig.follow()
+        rig.robot.q[0] = np.nan
+        rig.run(0.05)
+    assert rehearsed.rows().tobytes() == plain.rows().tobytes()
+    assert {Mode.FOLLOW, Mode.HOLD, Mode.STOP_0} <= {Mode(m) for m in plain.rows()["mode"]}
+    assert rehearsed.system.counters == plain.system.counters
+
+
 def test_a_new_episode_forgets_the_last_one() -> None:
     rig = Rig()
     rig.follow()
@@ -645,4 +667,4 @@ def test_heartbeats_are_not_looked_for_in_lockstep() -> None:
     rig = Rig()
     rig.run(3.0, lambda: rig.send(rig.approach()))
     assert rig.mode() == Mode.FOLLOW
-    assert module.HEARTBEAT_LIMIT_NS < 3_000_000_000
+    assert HEARTBEAT_LIMIT_NS < 3_000_000_000

@@ -3,7 +3,8 @@
 A shared machine steals more time than any loop loses by itself, so the three take turns within one run, on
 the same core and under the same named load, and what is compared are ratios of pooled tails. cyclictest and
 System 1 run at the same real-time priority, and System 1 is stopped (SIGSTOP) while the others have their
-turn; the plain loop runs as people usually write it: ordinary scheduling, ``time.sleep``.
+turn; the plain loop runs as people usually write it: ordinary scheduling, ``time.sleep``. cyclictest only
+sleeps; System 1 wakes ``early_us`` before its deadline and waits for it, which is part of what is compared.
 
 Loads, each on top of the one before: ``idle``; ``system2``, a policy that infers at 10 Hz; ``recorder``,
 which also takes every row and frame and seals episodes to disk; ``hog``, a busy loop on every core.
@@ -38,7 +39,7 @@ from flywheel.edge.processes import Plan
 from flywheel.edge.recorder import Identity, Recorder
 from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, control_dtype, event_dtype
 from flywheel.edge.runtime import Wall, read_bundle
-from flywheel.edge.system1 import HEARTBEAT
+from flywheel.edge.tick import HEARTBEAT
 from flywheel.errors import BundleError
 from flywheel.robot.free import JOINTS, LIMITS_FILE, STEP_NS, chunk, sine
 from flywheel.schema import Bundle, Mode
@@ -128,6 +129,7 @@ def tracking(full: bool = False, policy: Path | None = None) -> dict[str, Any]:
             "named": f"{', '.join(LOADS)}; bars under {JUDGED!r}; the machine's own load besides",
             "privileges": privileges,
             "cyclictest": shutil.which("cyclictest") is not None,
+            "early_us": plan.early_us,
             "turns_s": seconds,
         },
         "figures": figures,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import extending, types
 from numba.core import config
 
-MODULES = ("compiled", "link", "mode", "realtime", "safety", "system1", "trace", "tracking")
+MODULES = ("compiled", "link", "mode", "realtime", "safety", "tick", "trace", "tracking")
 
 
 def compiled[**P, R](fn: Callable[P, R]) -> Callable[P, R]:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -24,7 +24,7 @@ from flywheel.edge.images import FrameRing
 from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Seqlock, Words, aligned
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import CONTROL_WORDS
+from flywheel.edge.tick import CONTROL_WORDS
 from flywheel.edge.trace import trace_dtype
 from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.schema import Bundle, Strict, sha256_bytes
@@ -82,6 +82,9 @@ class Plan(Strict):
     threads: int = 1
     priority: int = 50  # SCHED_FIFO; 0 for ordinary scheduling
     cpu: int | None = None  # core of System 1
+    # How long before each deadline System 1 wakes, at most a quarter of its period. Not without a core of its
+    # own: it would take this much from everything else.
+    early_us: Annotated[float, Field(ge=0, le=1000)] = 100.0
     others: tuple[int, ...] = ()  # cores of everything else
     recording: Recording | None = None
     supervision: SupervisionSettings = SupervisionSettings()

@@ -129,12 +129,11 @@ DEADLINE, TICKS, SKIPPED, LATE, RUN, LONGEST, _TS, STATUS_WORDS = 0, 1, 2, 3, 4,
 
 
 @compiled
-def pace(status: Words, period_ns: int) -> tuple[int, int]:
-    """Sleep until the next deadline; returns the time of waking and how late that is.
+def rise(status: Words, period_ns: int, early_ns: int) -> int:
+    """Sleep until ``early_ns`` before the next deadline; returns how long it still is until then (< 0: over).
 
     Deadlines lie on a fixed grid. Those that passed while the last tick ran are skipped and counted, never
-    caught up with in a burst. A deadline is missed if it was skipped or its tick began a period late or more;
-    ``LONGEST`` is the longest run of missed deadlines.
+    caught up with in a burst.
     """
     ts = status[_TS : _TS + 2]
     deadline = status[DEADLINE] + period_ns
@@ -147,9 +146,23 @@ def pace(status: Words, period_ns: int) -> tuple[int, int]:
         status[RUN] += 1
     status[LONGEST] = max(status[LONGEST], status[RUN])
     status[DEADLINE] = deadline
-    while now < deadline:
-        now = sleep_until(deadline, ts)
-    late = now - deadline
+    while now < deadline - early_ns:
+        now = sleep_until(deadline - early_ns, ts)
+    return int(deadline - now)
+
+
+@compiled
+def await_deadline(status: Words, period_ns: int) -> tuple[int, int]:
+    """Look at the clock until the deadline that ``rise`` chose; returns the time and how late that is.
+
+    A deadline is missed if it was skipped or its tick began a period late or more; ``LONGEST`` is the longest
+    run of missed deadlines.
+    """
+    ts = status[_TS : _TS + 2]
+    now = clock_ns(ts)
+    while now < status[DEADLINE]:
+        now = clock_ns(ts)
+    late = now - status[DEADLINE]
     if late >= period_ns:
         status[LATE] += 1
         status[RUN] += 1
@@ -161,6 +174,22 @@ def pace(status: Words, period_ns: int) -> tuple[int, int]:
 
 
 @compiled
-def pace_at(address: int, period_ns: int) -> tuple[int, int]:
-    """``pace`` for a loop that must not allocate: ``address`` is that of the status words."""
-    return pace(words_at(address, 1, STATUS_WORDS)[0], period_ns)
+def pace(status: Words, period_ns: int) -> tuple[int, int]:
+    """Sleep until the next deadline; returns the time of waking and how late that is."""
+    rise(status, period_ns, 0)
+    return await_deadline(status, period_ns)
+
+
+# For a loop that must not allocate: ``address`` is that of the status words.
+
+
+@compiled
+def rise_at(address: int, period_ns: int, early_ns: int) -> int:
+    """``rise``."""
+    return rise(words_at(address, 1, STATUS_WORDS)[0], period_ns, early_ns)
+
+
+@compiled
+def await_deadline_at(address: int, period_ns: int) -> tuple[int, int]:
+    """``await_deadline``."""
+    return await_deadline(words_at(address, 1, STATUS_WORDS)[0], period_ns)

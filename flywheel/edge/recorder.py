@@ -219,7 +219,8 @@ class Recorder:
         """The end: take what is left and seal what is open, shorter than asked for if need be."""
         sealed = self.poll(now_ns)
         self._history.close(now_ns)
-        for window in self._windows.end_all(now_ns):
+        to = self._rows_to()
+        for window in self._windows.end_all(now_ns if to is None else min(now_ns, to)):
             self._complete(window)
         for _ in range(2):  # what was under way, then the rest
             sealed += self._sealer.seal(now_ns, wait=True)
@@ -295,6 +296,13 @@ class Recorder:
         found += self.detector.verdicts()
         return sorted(found, key=lambda h: h.t_ns)
 
+    def _overdue(self, window: Window) -> int:
+        """Control rows at a window's end that did not come in time: if they come later, nothing has them."""
+        to, last = self._rows_to(), self._history.last_ns
+        if to is None or last is None or to >= window.end:
+            return 0
+        return int((window.end - 1 - max(last, window.start)) * self._identity.control_hz / 1e9)
+
     def _complete(self, window: Window) -> None:
         """Take a window out of the history."""
         history = self._history
@@ -336,7 +344,7 @@ class Recorder:
             runtime_version=me.runtime_version,
             clock=me.clock,
             clock_epoch_ns=me.clock_epoch_ns,
-            drops=drops,
+            drops=drops + self._overdue(window),
             files=(),
         )
         tables = (control, frames, pa.Table.from_pylist(events, EVENTS_SCHEMA))

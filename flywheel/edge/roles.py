@@ -29,7 +29,8 @@ from flywheel.edge.processes import (
 )
 from flywheel.edge.safety import SafetyLimits
 from flywheel.edge.selftest import self_test
-from flywheel.edge.system1 import HEARTBEAT, HEARTBEAT_LIMIT_NS, System1
+from flywheel.edge.system1 import System1
+from flywheel.edge.tick import HEARTBEAT, HEARTBEAT_LIMIT_NS
 from flywheel.edge.trace import tracer
 from flywheel.errors import BundleError, ConfigError, FlywheelError
 from flywheel.robot import Perception, Robot
@@ -79,7 +80,8 @@ def run_system1(plan: Plan, shared: Shared, place: Place, _generation: int) -> N
     system1 = System1(robot, plan.control_hz, shared.slot, shared.control, control=shared.commands, wall=True)
     period = round(1e9 / plan.control_hz)
     warm = np.zeros(realtime.STATUS_WORDS, np.int64)
-    realtime.pace_at(warm.ctypes.data, period)  # compiled before the clock matters
+    realtime.rise_at(warm.ctypes.data, period, 0)  # compiled before the clock matters
+    realtime.await_deadline_at(warm.ctypes.data, period)
     trace = None if shared.trace is None else tracer(system1.reference_now, shared.trace)
     privileges = realtime.claim(plan.priority, plan.cpu)
     try:
@@ -90,7 +92,8 @@ def run_system1(plan: Plan, shared: Shared, place: Place, _generation: int) -> N
             privileges=privileges.as_dict(),
             self_test=found.as_dict(),
         )
-        loop.run(system1, shared.commands, place.status, period, stop, trace)
+        early_ns = min(round(plan.early_us * 1e3), period // 4) if plan.cpu is not None else 0
+        loop.run(system1, shared.commands, place.status, period, stop, early_ns, trace)
     finally:
         robot.stop()
 

@@ -32,7 +32,7 @@ from flywheel.edge.processes import SUPERVISOR_PID, BundleRef, Plan, Shared
 from flywheel.edge.rows import EventLog, Rings, event_dtype
 from flywheel.edge.safety import CATEGORY_2
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import COMMAND, HEARTBEAT, RESET
+from flywheel.edge.tick import COMMAND, HEARTBEAT, RESET
 from flywheel.errors import BundleError, ConfigError, ServiceError
 from flywheel.schema import Bundle, bundle_digest
 

@@ -132,7 +132,7 @@ def self_test(robot: Robot, rate_hz: float, *memory: npt.NDArray[Any]) -> SelfTe
     busy, late = np.zeros(ticks, np.int64), np.zeros(ticks, np.int64)
     start: npt.NDArray[np.float64] | None = None
     for k in range(ticks):
-        now, late[k] = realtime.pace_at(status.ctypes.data, period_ns)
+        now, late[k] = realtime.pace(status, period_ns)
         system1.tick(now, int(late[k]))
         busy[k] = time.monotonic_ns() - now
         if system1.limits_acted & Limit.NOT_FINITE:

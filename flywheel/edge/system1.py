@@ -1,15 +1,13 @@
 """System 1: one tick of the control loop, the same in both clocks.
 
-A tick reads the joints, takes a newer chunk if there is one, checks the envelope, asks the mode machine,
-moves the reference, computes torques, appends a row to the ring and writes the command: one compiled call
-between ``Robot.read`` and ``Robot.write``, over arrays that are allocated once and known by their addresses.
-It allocates nothing (what Python needs for a few numbers comes from its own free blocks), takes no lock,
-makes no system call of its own but for the clock when it runs in real time, logs nothing and raises nothing.
+A tick reads the joints, thinks and writes the command; what lies between ``Robot.read`` and ``Robot.write``
+is one compiled call (``flywheel.edge.tick``). It allocates nothing (what Python needs for a few numbers comes
+from its own free blocks), takes no lock, makes no system call but for the clock and the robot's own, logs
+nothing and raises nothing.
 
-Splicing. A chunk is anchored at its observation, but steps count as done only while System 1 really moved:
-``start = now - executed`` with ``executed`` the time spent following since the observation. From standstill
-nothing was executed, so nothing is skipped, however long inference took. The path starts at the reference
-that was executed, so that a new chunk never makes it jump.
+A core that slept for most of a period has other things in its caches, and a tick then takes several times as
+long as it needs. So a loop that wakes before its deadline rehearses it: the same call, on a copy of what it
+remembers, which is thrown away (``rehearse``).
 """
 
 from __future__ import annotations
@@ -20,48 +18,24 @@ import numpy as np
 import numpy.typing as npt
 
 from flywheel.edge import tracking
-from flywheel.edge.compiled import compiled, floats_at, words_at
-from flywheel.edge.link import Ring, Seqlock, ring_claim, ring_publish, slot_read
-from flywheel.edge.link import load as load_word
-from flywheel.edge.mode import CARRY_ON, FOLLOW, HOLD, RAMP, STOP_0, STOP_1
-from flywheel.edge.mode import step as mode_step
-from flywheel.edge.realtime import clock_ns
-from flywheel.edge.rows import (
-    CHUNK_COUNT,
-    CHUNK_HEADER,
-    CHUNK_ID,
-    CHUNK_STEP,
-    CHUNK_STEPS,
-    CHUNK_T0,
-    CHUNK_VALID_NS,
-    ROW_AGE,
-    ROW_CHUNK,
-    ROW_COMPUTE,
-    ROW_HEADER,
-    ROW_HELD,
-    ROW_LATE,
-    ROW_LIMITS,
-    ROW_MODE,
-    ROW_T,
-    chunk_dtype,
-    control_dtype,
-)
-from flywheel.edge.safety import (
-    CATEGORY_0,
-    CATEGORY_2,
-    MAX_AGE_NS,
-    PROTECTIVE,
-    VELOCITY,
-    SafetyLimits,
-    admit_waypoints,
-    check_speed,
-    check_state,
-    check_tool,
-    check_tracking,
-    clamp_torque,
-    speed_allowed,
-    speed_scale,
-    stop_category,
+from flywheel.edge.link import Ring, Seqlock
+from flywheel.edge.mode import HOLD, RAMP
+from flywheel.edge.rows import chunk_dtype, control_dtype
+from flywheel.edge.safety import SafetyLimits
+from flywheel.edge.tick import (
+    ACCEPTED,
+    CONTROL_WORDS,
+    INTS,
+    LIMITS,
+    MODE,
+    REF,
+    REFUSED,
+    ROWS,
+    SEEN,
+    TAU,
+    addresses,
+    copy_at,
+    tick_at,
 )
 from flywheel.edge.tracking import ACC, POS, VEL
 from flywheel.errors import ConfigError
@@ -70,298 +44,6 @@ from flywheel.schema import Limit, Mode
 
 FloatArray = npt.NDArray[np.float64]
 Words = npt.NDArray[np.int64]
-
-# Words that the supervisor writes and System 1 reads.
-COMMAND, RESET, HEARTBEAT, CONTROL_WORDS = 0, 1, 2, 8
-HEARTBEAT_LIMIT_NS = 2_000_000_000  # a supervisor silent for longer is gone: ramp to rest and hold
-
-# The state between ticks: integers …
-(
-    _MODE,
-    _SINCE,
-    _STREAK,
-    _SEEN,
-    _HAVE,
-    _START,
-    _SPLICE,
-    _FIRST,
-    _MOVING_SINCE,
-    _STARTED,
-    _RESET_SEEN,
-    _LIMITS,
-    _ACCEPTED,
-    _REFUSED,
-    _CLOCK,
-) = range(15)
-_INTS = _CLOCK + 2
-# … and rows of floats, one column a joint; [tool command] is kept in the last row.
-_REF, _WANT, _SPLICED, _CARRY, _TAU, _TOOL, _ROWS = 0, 3, 6, 8, 9, 10, 11
-
-_NOT_FINITE, _TRACKING = int(Limit.NOT_FINITE), int(Limit.TRACKING_ERROR)
-_PROTECTIVE = int(Limit.PROTECTIVE_STOP)
-_CLOCK_SLACK_NS = 5_000_000  # a chunk may seem this much younger than the tick that reads it
-_STEP_NS_MIN, _STEP_NS_MAX = 1_000_000, 10_000_000_000
-
-
-@compiled
-def _waypoints(chunk: Words, joints: int) -> tuple[FloatArray, FloatArray]:
-    """Views of a chunk record: q [CHUNK_STEPS, joints], tool [CHUNK_STEPS]."""
-    floats = chunk[CHUNK_HEADER:].view(np.float64)
-    cut = CHUNK_STEPS * joints
-    return floats[:cut].reshape((CHUNK_STEPS, joints)), floats[cut : cut + CHUNK_STEPS]
-
-
-@compiled
-def _admit(chunk: Words, now: int, table: FloatArray) -> int:
-    """Look over a chunk: limits that acted, negative if it is refused (see ``admit_waypoints``)."""
-    steps = chunk[CHUNK_COUNT]
-    if steps < 1 or steps > CHUNK_STEPS or chunk[CHUNK_T0] > now + _CLOCK_SLACK_NS:
-        return -_NOT_FINITE
-    if not _STEP_NS_MIN <= chunk[CHUNK_STEP] <= _STEP_NS_MAX:
-        return -_NOT_FINITE
-    q, tool = _waypoints(chunk, table.shape[1])
-    return admit_waypoints(q, tool, steps, table)
-
-
-@compiled
-def _take(now: int, slot: Words, chunks: Words, ints: Words, table: FloatArray) -> tuple[bool, int]:
-    """Take a newer chunk from the slot; returns whether there is a good one and the limits that acted."""
-    seen = slot_read(slot, chunks[1], ints[_SEEN])
-    if seen in (ints[_SEEN], -1):
-        return False, 0
-    ints[_SEEN] = seen
-    acted = _admit(chunks[1], now, table)
-    if acted < 0:
-        ints[_REFUSED] += 1
-        ints[_STREAK] = 0
-        return False, -acted
-    for i in range(chunks.shape[1]):  # not chunks[0] = chunks[1]: that costs 5 s more to compile
-        chunks[0, i] = chunks[1, i]
-    ints[_HAVE] = 1
-    ints[_START] = chunks[0, CHUNK_T0]
-    ints[_ACCEPTED] += 1
-    ints[_STREAK] += 1
-    return True, acted
-
-
-@compiled
-def _fresh(now: int, chunk: Words, ints: Words, times: Words) -> bool:
-    """Whether the newest good chunk can be followed now: young enough, and not used up."""
-    if ints[_HAVE] == 0:
-        return False
-    if now - chunk[CHUNK_T0] > min(chunk[CHUNK_VALID_NS], times[MAX_AGE_NS]):
-        return False
-    return bool(now < ints[_START] + chunk[CHUNK_COUNT] * chunk[CHUNK_STEP])
-
-
-@compiled
-def _splice(now: int, was: int, chunk: Words, ints: Words, work: FloatArray) -> None:
-    """Join the newest chunk to the reference executed so far."""
-    if was in (FOLLOW, CARRY_ON):
-        ints[_START] = max(chunk[CHUNK_T0], ints[_MOVING_SINCE])
-    else:
-        ints[_START] = now
-        ints[_MOVING_SINCE] = now
-    ints[_SPLICE] = now
-    ints[_FIRST] = tracking.first_step(now, ints[_START], chunk[CHUNK_STEP], chunk[CHUNK_COUNT])
-    for i in range(work.shape[1]):
-        work[_SPLICED + POS, i] = work[_REF + POS, i]
-        work[_SPLICED + VEL, i] = work[_REF + VEL, i]
-
-
-@compiled
-def _anchor(work: FloatArray, q: FloatArray, dq: FloatArray, table: FloatArray) -> None:
-    """Put the reference where the arm really is, moving as it moves."""
-    for i in range(q.size):
-        most = table[VELOCITY, i]
-        work[_REF + POS, i] = q[i]
-        work[_REF + VEL, i] = min(max(dq[i], -most), most)
-        work[_REF + ACC, i] = 0.0
-
-
-@compiled
-def _rest(work: FloatArray, q: FloatArray) -> None:
-    """Put the reference at ``q``, at rest."""
-    for i in range(q.size):
-        work[_REF + POS, i] = q[i]
-        work[_REF + VEL, i] = 0.0
-        work[_REF + ACC, i] = 0.0
-
-
-@compiled
-def _at_rest(work: FloatArray) -> bool:
-    """Whether the reference stands still."""
-    moving = 0
-    for i in range(work.shape[1]):
-        if work[_REF + VEL, i] != 0.0 or work[_REF + ACC, i] != 0.0:
-            moving += 1
-    return moving == 0
-
-
-@compiled
-def _asked(now: int, flags: int, mode: int, control: Words, times: Words) -> int:
-    """The most severe stop that anything asks for."""
-    stop = stop_category(flags, times[PROTECTIVE])
-    if mode == STOP_1 and flags & _TRACKING:
-        stop = CATEGORY_0  # the controlled stop itself does not work
-    beat = load_word(control, HEARTBEAT)
-    if beat > 0 and now - beat > HEARTBEAT_LIMIT_NS:
-        stop = max(stop, CATEGORY_2)
-    return max(stop, min(max(load_word(control, COMMAND), 0), CATEGORY_0))
-
-
-@compiled
-def _move(
-    now: int, mode: int, was: int, chunk: Words, ints: Words, work: FloatArray, dt: float,
-    gain: FloatArray, table: FloatArray,
-) -> int:  # fmt: skip
-    """Move the reference one tick; returns the limits that acted."""
-    ref = work[_REF : _REF + 3]
-    if mode == FOLLOW:
-        q, tool = _waypoints(chunk, work.shape[1])
-        want = work[_WANT : _WANT + 3]
-        k = tracking.sample(
-            now, q, ints[_START], chunk[CHUNK_STEP], chunk[CHUNK_COUNT],
-            work[_SPLICED : _SPLICED + 2], ints[_SPLICE], ints[_FIRST], want,
-        )  # fmt: skip
-        work[_TOOL, 0] = tool[k]
-        return tracking.follow(ref, want, dt, gain, table)
-    for i in range(work.shape[1]):
-        if mode != CARRY_ON:
-            work[_CARRY, i] = 0.0
-        elif was != CARRY_ON:
-            work[_CARRY, i] = work[_REF + VEL, i]
-    tracking.coast(ref, work[_CARRY], dt, table)
-    return 0
-
-
-@compiled
-def _append(
-    now: int, late: int, compute: int, held: float, q: FloatArray, dq: FloatArray, chunk: Words, ints: Words,
-    work: FloatArray, header: Words, rows: Words,
-) -> None:  # fmt: skip
-    """Append the control row of this tick."""
-    row = rows[ring_claim(header, rows.shape[0])]
-    row[ROW_T] = now
-    row[ROW_LATE] = late
-    row[ROW_COMPUTE] = compute
-    row[ROW_CHUNK] = chunk[CHUNK_ID] if ints[_HAVE] else -1
-    row[ROW_AGE] = now - chunk[CHUNK_T0] if ints[_HAVE] else -1
-    row[ROW_MODE] = ints[_MODE]
-    row[ROW_LIMITS] = ints[_LIMITS]
-    row[ROW_HELD] = 1 if held > 0.5 else 0
-    n = q.size
-    floats = row[ROW_HEADER:].view(np.float32)
-    for i in range(n):
-        floats[i] = q[i]
-        floats[n + i] = dq[i]
-        floats[2 * n + i] = work[_REF + POS, i]
-        floats[3 * n + i] = work[_TAU, i]
-    floats[4 * n] = work[_TOOL, 0]
-    ring_publish(header)
-
-
-@compiled
-def _tick(
-    now: int, late: int, held: float, human: float, stop_input: bool, wall: bool, torque: bool, dt: float,
-    q: FloatArray, dq: FloatArray, bias: FloatArray, mass: FloatArray, tool: FloatArray,
-    slot: Words, chunks: Words, ints: Words, work: FloatArray, control: Words, header: Words, rows: Words,
-    live: FloatArray, table: FloatArray, scalars: FloatArray, times: Words, gain: FloatArray,
-) -> tuple[bool, float]:  # fmt: skip
-    """Everything between reading the joints and writing the command; returns (powered, tool command).
-
-    ``live`` is ``table`` with the velocities that apply now; ``torque``: the robot takes torques.
-    """
-    broken = check_state(q, dq, bias, mass, table, scalars) | check_tool(tool, scalars)
-    broken |= check_speed(tool, human, scalars)
-    scale = speed_scale(speed_allowed(human, scalars), scalars)
-    for i in range(q.size):
-        live[VELOCITY, i] = scale * table[VELOCITY, i]
-    sound = broken & _NOT_FINITE == 0
-    if sound and ints[_STARTED] == 0:
-        ints[_STARTED] = 1
-        ints[_SINCE] = now
-        _rest(work, q)
-    was = ints[_MODE]
-    powered = was != STOP_0 and not (was == STOP_1 and _at_rest(work))
-    if sound and powered:
-        broken |= check_tracking(q, work[_REF + POS], scalars)
-    if stop_input:
-        broken |= _PROTECTIVE
-
-    new, acted = _take(now, slot, chunks, ints, table)
-    fresh = _fresh(now, chunks[0], ints, times)
-    if not fresh:
-        ints[_STREAK] = 0
-    resets = load_word(control, RESET)
-    mode = mode_step(
-        was, now - ints[_SINCE], fresh, ints[_STREAK], _at_rest(work),
-        _asked(now, broken, was, control, times), resets != ints[_RESET_SEEN], times,
-    )  # fmt: skip
-    ints[_RESET_SEEN] = resets
-    if mode != was:
-        ints[_SINCE] = now
-        ints[_MODE] = mode
-    if mode == FOLLOW and (new or was != FOLLOW):
-        _splice(now, was, chunks[0], ints, work)
-    if mode == STOP_1 and was != STOP_1 and broken & _TRACKING:
-        _anchor(work, q, dq, table)  # what stands in the way is not pushed any further
-    if mode != STOP_0:
-        acted |= _move(now, mode, was, chunks[0], ints, work, dt, gain, live)
-
-    powered = mode != STOP_0 and not (mode == STOP_1 and _at_rest(work))
-    tau = work[_TAU]
-    if powered and torque:
-        tracking.control(q, dq, work[_REF : _REF + 3], bias, mass, gain, tau)
-        acted |= clamp_torque(tau, table)
-    elif not powered:
-        tau[:] = 0.0
-        _rest(work, q if sound else work[_REF + POS])  # a reset starts from where the arm is
-    ints[_LIMITS] = broken | acted
-    compute = clock_ns(ints[_CLOCK : _CLOCK + 2]) - now if wall else 0
-    _append(now, late, compute, held, q, dq, chunks[0], ints, work, header, rows)
-    return powered, work[_TOOL, 0]
-
-
-@compiled
-def _words(listed: Words, k: int) -> Words:
-    """Array ``k`` of a list by ``_addresses``."""
-    return words_at(listed[k, 0], listed[k, 1], listed[k, 2])
-
-
-@compiled
-def _floats(listed: Words, k: int) -> FloatArray:
-    """Array ``k`` of a list by ``_addresses``."""
-    return floats_at(listed[k, 0], listed[k, 1], listed[k, 2])
-
-
-@compiled
-def _tick_at(
-    at: int, now: int, late: int, held: float, human: float, stop_input: bool, wall: bool, torque: bool,
-    dt: float,
-) -> tuple[bool, float]:  # fmt: skip
-    """``_tick`` on the arrays whose addresses and shapes are listed at ``at`` (``System1._memory``)."""
-    a = words_at(at, _ARRAYS, 3)
-    return _tick(
-        now, late, held, human, stop_input, wall, torque, dt,
-        _floats(a, 0)[0], _floats(a, 1)[0], _floats(a, 2)[0], _floats(a, 3), _floats(a, 4)[0],
-        _words(a, 5)[0], _words(a, 6), _words(a, 7)[0], _floats(a, 8), _words(a, 9)[0], _words(a, 10)[0],
-        _words(a, 11), _floats(a, 12), _floats(a, 13), _floats(a, 14)[0], _words(a, 15)[0],
-        _floats(a, 16)[0],
-    )  # fmt: skip
-
-
-_ARRAYS = 17
-
-
-def _addresses(arrays: tuple[npt.NDArray[Any], ...]) -> Words:
-    """Address, rows and columns of each; a vector counts as one row."""
-    listed = np.zeros((len(arrays), 3), np.int64)
-    for row, a in zip(listed, arrays, strict=True):
-        if not a.flags.c_contiguous or a.dtype not in (np.int64, np.float64):
-            raise ValueError(f"array of {a.dtype}{a.shape}: compiled code needs contiguous 64-bit values")
-        row[:] = a.ctypes.data, *np.atleast_2d(a).shape
-    return listed
 
 
 class System1:
@@ -396,40 +78,40 @@ class System1:
             raise ConfigError(f"{robot.name}: takes = {robot.takes!r}; a robot takes 'torque' or 'position'")
         self.robot = robot
         self.state = JointState(n)
-        self._ints: Words = np.zeros(_INTS, np.int64)
-        self._work: FloatArray = np.zeros((_ROWS, n))
+        self._ints: Words = np.zeros(INTS, np.int64)
+        self._work: FloatArray = np.zeros((ROWS, n))
         self._flags = (wall, robot.takes == "torque", 1.0 / rate_hz)
         s = self.state
+        words = np.zeros(CONTROL_WORDS, np.int64) if control is None else control
         table = limits.table()
-        self._memory: tuple[npt.NDArray[Any], ...] = (
-            s.q, s.dq, s.bias, s.mass, s.tool,
-            slot.words,
-            np.zeros((2, slot.dtype.itemsize // 8), np.int64),
-            self._ints,
-            self._work,
-            np.zeros(CONTROL_WORDS, np.int64) if control is None else control,
-            ring.header,
-            ring.rows,
-            table.copy(),
-            table,
-            limits.scalars(),
-            limits.times(),
-            tracking.gains() if gains is None else gains,
-        )  # fmt: skip
-        self._listed = _addresses(self._memory)
-        self._at = int(self._listed.ctypes.data)
+        fixed = (limits.scalars(), limits.times(), tracking.gains() if gains is None else gains)
+
+        def memory(ints: Words, work: FloatArray, ring: Ring) -> tuple[npt.NDArray[Any], ...]:
+            chunks: Words = np.zeros((2, slot.dtype.itemsize // 8), np.int64)
+            return (
+                s.q, s.dq, s.bias, s.mass, s.tool, slot.words, chunks, ints, work, words,
+                ring.header, ring.rows, table.copy(), table, *fixed,
+            )  # fmt: skip
+
+        # What a tick works on, and what a rehearsal does: it reads the same, and writes elsewhere.
+        self._memory = (
+            memory(self._ints, self._work, ring),
+            memory(self._ints.copy(), self._work.copy(), Ring(ring.dtype, 2)),
+        )
+        self._listed = [addresses(m) for m in self._memory]
+        self._at, self._rehearsal_at = (int(a.ctypes.data) for a in self._listed)
         # What the robot gets: it may look, but not touch.
-        self.command: FloatArray = self._work[_TAU if robot.takes == "torque" else _REF + POS].view()
+        self.command: FloatArray = self._work[TAU if robot.takes == "torque" else REF + POS].view()
         self.command.flags.writeable = False
         self.reset()
-        self._warm_up()
+        self.rehearse(0)  # compiles, or loads from the cache, before the loop starts
 
     def reset(self) -> None:
         """Forget everything: hold where the arm is found, with no chunk (a new episode)."""
-        seen = self._ints[_SEEN]
+        seen = self._ints[SEEN]
         self._ints[:] = 0
-        self._ints[_SEEN] = seen  # what was in the slot before is not news
-        self._ints[_MODE] = HOLD
+        self._ints[SEEN] = seen  # what was in the slot before is not news
+        self._ints[MODE] = HOLD
         self._work[:] = 0.0
         self._stopped = False
 
@@ -439,7 +121,7 @@ class System1:
         s = self.state
         robot = self.robot
         robot.read(s)
-        powered, tool = _tick_at(
+        powered, tool = tick_at(
             self._at, now_ns, late_ns, float(s.held), float(s.human_m), bool(s.stop_input), *self._flags
         )
         if powered:
@@ -451,41 +133,43 @@ class System1:
             robot.stop()
         robot.write(self.command, tool)
 
+    def rehearse(self, now_ns: int) -> None:
+        """What ``tick`` will have to do at ``now_ns`` but for the robot's part, without any effect."""
+        s = self.state
+        copy_at(self._at, self._rehearsal_at)
+        tick_at(
+            self._rehearsal_at, now_ns, 0, float(s.held), float(s.human_m), bool(s.stop_input), *self._flags
+        )
+
     @property
     def mode(self) -> int:
         """The mode of the last tick (a ``schema.Mode``)."""
-        return int(self._ints[_MODE])
+        return int(self._ints[MODE])
 
     @property
     def limits_acted(self) -> Limit:
         """The limits that acted in the last tick."""
-        return Limit(int(self._ints[_LIMITS]))
+        return Limit(int(self._ints[LIMITS]))
 
     @property
     def reference(self) -> FloatArray:
         """The reference executed so far: rows q (rad), dq, ddq; a copy, ``[3, n]``."""
-        return self._work[_REF : _REF + 3].copy()
+        return self._work[REF : REF + 3].copy()
 
     @property
     def reference_now(self) -> FloatArray:
         """The same, as the memory in which it lies: ``[3, n]``, changed by every tick."""
-        return self._work[_REF : _REF + 3]
+        return self._work[REF : REF + 3]
 
     @property
     def counters(self) -> dict[str, int]:
         """Chunks taken and refused since the reset."""
-        return {"accepted": int(self._ints[_ACCEPTED]), "refused": int(self._ints[_REFUSED])}
+        return {"accepted": int(self._ints[ACCEPTED]), "refused": int(self._ints[REFUSED])}
 
     @property
     def resting(self) -> bool:
         """Whether the reference stands still in a mode that keeps it so."""
-        return self.mode >= int(Mode.HOLD) and not np.any(self._work[_REF + VEL : _REF + ACC + 1])
-
-    def _warm_up(self) -> None:
-        """Compile, or load from the cache, before the loop starts; on copies, so that nothing changes."""
-        copies = _addresses(kept := tuple(m.copy() for m in self._memory))
-        _tick_at(int(copies.ctypes.data), 0, 0, 0.0, np.nan, False, *self._flags)
-        del kept  # until here: the addresses do not hold them
+        return self.mode >= int(Mode.HOLD) and not np.any(self._work[REF + VEL : REF + ACC + 1])
 
 
 assert RAMP < HOLD  # Mode is ordered by degradation, ``resting`` relies on it

@@ -137,10 +137,11 @@ class Windows:
         self.recorded_to = max(end_ns, self.recorded_to or end_ns)
 
     def end_all(self, now_ns: int) -> list[Window]:
-        """Every open window, cut at ``now_ns``."""
+        """Every open window, cut at ``now_ns``, but not before what triggered it."""
         found, self.open = self.open, []
         for window in found:
-            window.end = max(min(window.end, now_ns), window.start)
+            told = max(t.t_ns for t in window.triggers) + 1
+            window.end = max(min(window.end, max(now_ns, told)), window.start)
             self.recorded_to = max(window.end, self.recorded_to or window.end)
         return found
 

@@ -146,10 +146,12 @@ def prepare(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        entries = []
-        for name, table in tables.items():
-            step(f"write {name}")
-            entries.append(_write_table(partial / name, table))
+        with ThreadPoolExecutor(len(tables), "seal") as writers:
+            writes = []
+            for name, table in tables.items():
+                step(f"write {name}")
+                writes.append(writers.submit(_write_table, partial / name, table))
+            entries = [w.result() for w in writes]
         gaps = count_gaps(control, draft.control_hz) + count_gaps(frames, draft.policy_hz)
         manifest = draft.model_copy(update={"files": tuple(entries), "gaps": gaps})
         step("write manifest")

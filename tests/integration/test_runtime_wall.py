@@ -18,7 +18,7 @@ from flywheel.edge import realtime
 from flywheel.edge.processes import Plan
 from flywheel.edge.runtime import Wall, read_bundle
 from flywheel.edge.safety import ACCELERATION, JERK, LOWER, UPPER, VELOCITY
-from flywheel.edge.system1 import HEARTBEAT_LIMIT_NS
+from flywheel.edge.tick import HEARTBEAT_LIMIT_NS
 from flywheel.errors import BundleError, ConfigError
 from flywheel.schema import Mode
 from tests.robots import BUNDLE, limits, write_bundle, write_limits

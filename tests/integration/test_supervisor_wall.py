@@ -31,7 +31,7 @@ from flywheel.edge.runtime import Wall, bundle_ref
 from flywheel.edge.safety import ACCELERATION, CATEGORY_0, JERK, VELOCITY, SafetyLimits
 from flywheel.edge.service import serve
 from flywheel.edge.supervision import SupervisionSettings
-from flywheel.edge.system1 import COMMAND
+from flywheel.edge.tick import COMMAND
 from flywheel.edge.updater import Poll, Updater
 from flywheel.episode import read_manifest
 from flywheel.errors import BundleError, ConfigError

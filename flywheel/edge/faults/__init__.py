@@ -26,7 +26,7 @@ from flywheel.edge.faults import rig
 from flywheel.edge.faults.scene import ROUNDING, TRIAL_S, Scene, Seen, SmallDisk, rig_plan, twin_scene
 from flywheel.edge.policy import Policy
 from flywheel.edge.runtime import read_bundle
-from flywheel.edge.system1 import HEARTBEAT_LIMIT_NS
+from flywheel.edge.tick import HEARTBEAT_LIMIT_NS
 from flywheel.robot import FloatArray, Image
 
 STALL_MS = 500.0
