@@ -40,8 +40,9 @@ _HAS = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18)}
 class ExportResult:
     """``parity_*``: from lerobot's actions, see ``Parity``. Times: medians, one thread.
 
-    ``float_*``, ``success_*``: of the float32 bundle that a smaller one was compared with, and the smaller
-    one's success minus its, with Tango's 95 % interval; None where ``precision`` is float32.
+    ``float_*``: of the float32 bundle that a smaller one was compared with. ``success``: of the smaller one
+    in the twin; ``success_difference``: that minus the float32 one's on the same scenes, ``success_low`` the
+    lower end of Tango's 95 % interval. None where ``precision`` is float32.
     """
 
     digest: str
@@ -56,6 +57,8 @@ class ExportResult:
     peak_rss_mb: float
     float_bytes: int | None = None
     float_infer_ms: float | None = None
+    success: float | None = None
+    float_success: float | None = None
     success_difference: float | None = None
     success_low: float | None = None
     success_pairs: int | None = None
@@ -290,6 +293,8 @@ def _closed_loop(full: Path, smaller: Path, settings: ExportSettings) -> dict[st
             f"{settings.max_success_drop:g}: more pairs may tell, or export float32; no bundle was written"
         )
     return {
+        "success": found.b.success.mean,
+        "float_success": found.a.success.mean,
         "success_difference": found.difference,
         "success_low": found.low,
         "success_pairs": found.n,
