@@ -156,7 +156,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _smaller(staging: Path) -> Path:
-    return staging.with_name(staging.name + ".smaller")
+    return staging.with_suffix(".smaller.part")
 
 
 def _write(checkpoint: Path, loaded: Checkpoint, bundle: Bundle, staging: Path) -> Bundle:
