@@ -190,14 +190,28 @@ class TrainSettings(Section):
     seed: Seed = 0
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch
     threads: Annotated[int, Field(ge=1, le=256)] = 2  # of all processes together
-    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights; 16 is usual, adapters are merged
+    # New frames in which a person acted count so often; 1 as often as any other.
+    intervention_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 200  # what a killed run goes on from; 0: none
 
 
 class ExportSettings(Section):
     """From checkpoint to bundle."""
 
     num_steps: Count = 4  # denoising steps
-    parity_atol: Positive = 1e-3  # largest error against PyTorch, normalised actions
+    # Against PyTorch, both: largest error of a normalised action; error of a chunk over its size (rms).
+    parity_atol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_rtol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_observations: Count = 8  # recorded ones where a dataset is given
+    precision: Literal["float32", "float16", "int8"] = "float32"  # of the weights
+    # A smaller precision is refused beyond these, or if in the twin more success may be lost.
+    reduced_atol: Annotated[float, Field(gt=0, le=2.0)] = 0.5
+    reduced_rtol: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    closed_loop_shift: str = "lab"
+    closed_loop_pairs: Annotated[int, Field(ge=0)] = 120  # 0: not measured
+    closed_loop_seed: Seed = 0
+    max_success_drop: Annotated[float, Field(gt=0, le=0.2)] = 0.05  # the interval must lie above it
 
 
 class GateSettings(Section):

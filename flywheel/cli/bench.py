@@ -16,6 +16,7 @@ from flywheel.errors import ConfigError
 BENCHES = {
     "tracking": "flywheel.edge.bench:tracking",
     "policy": "flywheel.export.bench:policy",
+    "export": "flywheel.export.cost:export",
     "faults": "flywheel.edge.faults:faults",
     "recorder": "flywheel.bench.recorder:recorder",
     "crash": "flywheel.bench.crash:crash",
