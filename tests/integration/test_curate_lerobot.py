@@ -210,7 +210,7 @@ def test_what_is_written_is_what_lerobots_own_writer_writes(
         for i in range(len(c)):
             theirs.add_frame(
                 {
-                    "observation.images.wrist": c.images["wrist"][i],
+                    "observation.images.wrist": c.images["wrist"][[i]][0],
                     "observation.state": c.state[i],
                     "action": c.action[i],
                     "capture_time_ns": c.capture_time_ns[i : i + 1],
