@@ -10,6 +10,7 @@ workspace is made anew from there where it is missing. Tasks pass a turn's name 
     claimed/<turn>/claims.json      its episodes
     runs/<turn>/turn.json           TurnRecord, written once
     runs/<turn>/source.patch        what the checkout had beyond its commit
+    runs/<turn>/answers/<sha256>    what people had said of labels by then
     runs/<turn>/workspace/…         dvc.lock and metrics after the last finished stage
     runs/<turn>/result.json         TurnResult, written last
 """
@@ -38,6 +39,7 @@ from flywheel.errors import (
     NotFound,
     StageError,
 )
+from flywheel.label import Questions, answers
 from flywheel.schema import (
     GateReport,
     Strict,
@@ -52,6 +54,8 @@ BASE_POLICY = "models/base"
 CURRENT_POLICY = "data/current"  # a later policy than the base, fetched for a turn
 RECORD = "data/turn.json"
 CLAIMS = "data/claims.json"
+ANSWERS = "data/answers.json"  # what people have said of labels; in the checkout, nothing
+QUEUE = "data/labels/queue.json"
 DATASET = "data/curated/dataset"
 BUNDLE = "data/bundle"
 CHECKPOINT = "data/checkpoint"
@@ -74,6 +78,7 @@ class TurnRecord(Strict):
     current_digest: str  # of that bundle: what the candidate is compared with
     adjusted: Mapping[str, Any] = {}  # settings of this turn alone, "section.key": value
     episodes: int
+    answers_sha256: str = ""  # of what people had said of labels; "" for a turn of an older version
 
 
 class TurnResult(Strict):
@@ -144,6 +149,7 @@ def _begin(
     else:
         policy = CURRENT_POLICY
         policies.record(store, current_digest)  # fails now rather than after the claim
+    said = answers.collect(store).to_bytes()
     claims = claim(
         store,
         turn,
@@ -154,6 +160,7 @@ def _begin(
         return None
     if source.patch:
         store.put(_key(turn, "source.patch"), source.patch)
+    store.put(_key(turn, f"answers/{sha256_bytes(said)}.json"), said)
     record = TurnRecord(
         turn=turn,
         opened_unix_ns=time.time_ns(),
@@ -163,6 +170,7 @@ def _begin(
         current_digest=current_digest,
         adjusted=dict(adjust),
         episodes=len(claims.episodes),
+        answers_sha256=sha256_bytes(said),
     )
     try:
         store.create(_key(turn, "turn.json"), record.to_bytes())
@@ -197,6 +205,8 @@ def run_stage(
         _fill(workspace, record, store, source_checkout())
         if code := workspace.run("repro", "--single-item", stage):
             return code
+        if stage == "label" and (workspace.root / QUEUE).is_file():
+            answers.ask(store, turn, Questions.model_validate_json((workspace.root / QUEUE).read_bytes()))
         if not _only_here(deployment) if hand_over is None else hand_over:
             workspace.dvc("push", stage)
             _put_state(workspace, store)
@@ -279,6 +289,9 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
     (root / RECORD).write_bytes(record.to_bytes())
     claims = _pull_episodes(store, claims_of(store, turn), root / "data" / "episodes")
     (root / CLAIMS).write_bytes(claims.to_bytes())
+    if record.answers_sha256:
+        said = store.get(_key(turn, f"answers/{record.answers_sha256}.json"), record.answers_sha256)
+        (root / ANSWERS).write_bytes(said)
     if record.policy == CURRENT_POLICY:
         policies.fetch(store, record.current_digest, root / CURRENT_POLICY)
     found = policies.digest_of(root / record.policy / "bundle")

@@ -109,9 +109,12 @@ CORRECTED = KINDS[:5]  # those in which an operator can take over
 def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fields: Any) -> Path:
     """Seal an attempt that fails by ``kind`` (or ``success``) in the scene of ``seed``; its directory.
 
-    ``fields`` override the manifest's; ``edit`` is called with the columns of the frames table first.
+    ``fields`` override the manifest's; ``edit`` is called with the columns of the frames table first,
+    ``edit_control`` with those of the control table; ``events`` (t_ns, kind, name) happened besides.
     """
     edit: Callable[[dict[str, Any]], None] = fields.pop("edit", lambda columns: None)
+    edit_control: Callable[[dict[str, Any]], None] = fields.pop("edit_control", lambda columns: None)
+    events: tuple[tuple[int, str, str], ...] = fields.pop("events", ())
     s = scene(seed)
     policy, operator, ended, trigger = _story(kind, s)
     operator = operator if corrected else []
@@ -142,7 +145,7 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
     for name in ("state", "action", "chunk"):
         columns[name] = vectors(np.asarray(columns[name]))
     frames = pa.table(columns, schema=schema.frames_schema(CAMERAS, STATE, CHUNK, ACTION))
-    control = _control(kind, n, switch if operator else n, held_by_tick, suction, tips)
+    control = _control(kind, n, switch if operator else n, held_by_tick, suction, tips, edit_control)
     failed = min(switch, n - 1) * POLICY_NS
     triggers = [Trigger(kind=trigger, t_ns=failed)]
     if operator:
@@ -155,7 +158,8 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
         "triggers": tuple(triggers),
     }
     m = draft(seconds=n / 10, seed=seed, **{**values, **fields})
-    sealed = seal(parent, m, control, frames, events_table((failed, "trigger", trigger.value)))
+    happened = sorted([*events, (failed, "trigger", trigger.value)])
+    sealed = seal(parent, m, control, frames, events_table(*happened))
     return parent / sealed.episode_id
 
 
@@ -202,7 +206,15 @@ def _held(tips: Array, suction: Array, s: Scene) -> tuple[Array, Array]:
     return np.repeat(held, TICKS), held
 
 
-def _control(kind: str, n: int, switch: int, held: Array, suction: Array, tips: Array) -> pa.Table:
+def _control(
+    kind: str,
+    n: int,
+    switch: int,
+    held: Array,
+    suction: Array,
+    tips: Array,
+    edit: Callable[[dict[str, Any]], None],
+) -> pa.Table:
     rows = n * TICKS
     ticks = np.arange(rows)
     # Joints that move when the tool does, at speeds that are the derivative of where they are.
@@ -232,6 +244,7 @@ def _control(kind: str, n: int, switch: int, held: Array, suction: Array, tips: 
         "chunk_age_ns": (ticks % TICKS) * (POLICY_NS // TICKS),
         "limits": limits,
     }
+    edit(columns)
     return pa.table(columns, schema=schema.control_schema(JOINTS))
 
 

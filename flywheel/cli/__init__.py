@@ -16,7 +16,9 @@ from flywheel.cli import (
     bench,
     campaigns,
     episodes,
+    explain,
     keys,
+    labels,
     operate,
     page,
     rollouts,
@@ -37,10 +39,12 @@ operate.add_to(app)
 bench.add_to(app)
 page.add_to(app)
 stages.add_to(app)
+explain.add_to(app)
 app.add_typer(access.app, name="access")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(episodes.app, name="episodes")
 app.add_typer(keys.app, name="keys")
+app.add_typer(labels.app, name="label")
 app.add_typer(campaigns.app, name="campaigns")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)

@@ -23,6 +23,7 @@ BENCHES = {
     "hostile": "flywheel.bench.hostile:hostile",
     "curate": "flywheel.bench.curate:curate",
     "dataset": "flywheel.dataset.bench:dataset",
+    "labels": "flywheel.bench.labels:labels",
     "catalogue": "flywheel.catalogue.bench:catalogue",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",

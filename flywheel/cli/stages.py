@@ -17,7 +17,7 @@ PARAMS = Path(PARAMS_FILE)
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (replay, curate, label, train, export, gate, evaluate):
+    for command in (replay, curate, train, export, gate, evaluate):
         app.command("eval" if command is evaluate else command.__name__)(command)
 
 
@@ -77,22 +77,6 @@ def curate(
             bar.to(n, of, what)
 
         show(run(episodes, out, settings, on_progress, policy=policy, yardstick=yardstick), json)
-
-
-def label(
-    episodes: Annotated[Path, typer.Option(help="Directory of pulled episodes.")],
-    out: Annotated[Path, typer.Option(help="Where labels.parquet and labels.json go.")],
-    curated: Annotated[Path | None, typer.Option(help="Output of curate (orders the stages).")] = None,
-    params: Params = PARAMS,
-    json: Json = False,
-) -> None:
-    """Name each failure: mode, phase, cause, confidence."""
-    from flywheel.label import label as run
-
-    del curated
-    settings = Settings.load(params).label
-    with Bar("label") as bar:
-        show(run(episodes, out, settings, lambda what, n, of: bar.to(n, of, what)), json)
 
 
 def train(

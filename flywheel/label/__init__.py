@@ -1,28 +1,44 @@
-"""Labels: how an attempt failed, when, probably why, and how sure that is.
+"""Labels: how an attempt ended and failed, when, probably why, and how sure each of that is.
 
-Labelling functions over the control, frame and event tables vote; ``functions.py`` holds them and how their
-agreement becomes a confidence. Labels that are not sure ask for a person (``needs_review``).
+Labelling functions over signals and pictures vote (``functions.py``, ``causes.py``), a label model weighs
+them (``model.py``), a classifier learns from people (``learned.py``); what is unsure becomes a question, and
+answers teach the next turn (``choosing.py``, ``answers.py``).
 """
 
-from flywheel.label.functions import Cause, FailureMode
+from flywheel.label.answers import Answer, Answers, Question, Questions
+from flywheel.label.aspects import WORDS, Aspect, Cause, FailureMode, Intervention, Phase
+from flywheel.label.pictures import Familiar
 from flywheel.label.stage import (
     LABELS,
     LABELS_SCHEMA,
     METRICS,
+    QUEUE,
     Label,
     LabelResult,
     label,
     label_episode,
+    read_answers,
 )
 
 __all__ = [
     "LABELS",
     "LABELS_SCHEMA",
     "METRICS",
+    "QUEUE",
+    "WORDS",
+    "Answer",
+    "Answers",
+    "Aspect",
     "Cause",
     "FailureMode",
+    "Familiar",
+    "Intervention",
     "Label",
     "LabelResult",
+    "Phase",
+    "Question",
+    "Questions",
     "label",
     "label_episode",
+    "read_answers",
 ]

@@ -1,9 +1,9 @@
-"""Labelling functions: each looks at one kind of evidence and names a failure mode, or abstains.
+"""Labelling functions: each looks at one kind of evidence and names a word of an aspect, or abstains.
 
-None of them is right always; where they agree, a label is worth something. The confidence of a label is the
-weight of the functions that named it over the weight of all that named anything, plus ``DOUBT``: a single
-witness stays below 0.7, two that contradict each other below 0.5. Weights are judgements, not measurements:
-what the cell itself reports counts most, what is inferred from a threshold least.
+None of them is right always; where they agree, a label is worth something (Ratner et al. 2017, "Snorkel").
+``accuracy`` is how often a function is right before anybody has said so: a judgement, which answers and the
+functions' agreement move (``model.py``). What the cell itself reports counts most, what is inferred from a
+threshold least.
 """
 
 from __future__ import annotations
@@ -12,51 +12,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flywheel.label.signals import TRACKING_ERROR_RAD, Signals
-from flywheel.schema import Limit, Outcome, TriggerKind
+from flywheel.label.aspects import Aspect, FailureMode, Intervention, Phase
+from flywheel.label.causes import CAUSES
+from flywheel.label.signals import Signals
+from flywheel.schema import Outcome, TriggerKind
 
-DOUBT = 0.5
 NEAR_M = 0.04  # a tool that came this near to the object was at it (a box is 4 to 5 cm wide)
-STALE_SHARE = 0.2
-LATE_NS = 1_000_000  # a tick of the 1 kHz loop
+
+Said = StrEnum | tuple[StrEnum, str] | None  # a word, perhaps with its evidence; None abstains
 
 
-class FailureMode(StrEnum):
-    """How the attempt failed, as a technician would put it."""
+@dataclass(frozen=True)
+class LabellingFunction:
+    """``call`` answers for ``aspect``; its name is the function's."""
 
-    NONE = "none"
-    NEVER_REACHED = "never_reached"
-    MISSED_GRASP = "missed_grasp"
-    WRONG_OBJECT = "wrong_object"
-    DROPPED = "dropped"
-    TIMED_OUT_CARRYING = "timed_out_carrying"
-    SAFETY_STOP = "safety_stop"
-    TRACKING = "tracking"
-    UNKNOWN = "unknown"
+    aspect: Aspect
+    call: Callable[[Signals], Said]
+    accuracy: float
 
-
-class Cause(StrEnum):
-    """Which barrier between a trained policy and a working robot was probably hit."""
-
-    NONE = "none"
-    DISTRIBUTION_SHIFT = "distribution_shift"
-    INTEGRATION = "integration"
-    SAFETY = "safety"
-    HARDWARE = "hardware"
-    LATENCY = "latency"
-    UNKNOWN = "unknown"
+    @property
+    def name(self) -> str:
+        return self.call.__name__
 
 
 @dataclass(frozen=True)
 class Vote:
-    """What one labelling function concluded."""
+    """What one labelling function concluded; ``why`` is "" where the function's name says it."""
 
+    aspect: Aspect
     function: str
-    mode: FailureMode
-    weight: float
+    word: str
+    why: str = ""
 
-
-Function = Callable[[Signals], FailureMode | None]
 
 _OUTCOME = {
     Outcome.SUCCESS: FailureMode.NONE,
@@ -73,11 +60,49 @@ _TRIGGER = {
     TriggerKind.BASELINE: FailureMode.NONE,
     TriggerKind.OPERATOR_SUCCESS: FailureMode.NONE,
 }
+_ENDED = {
+    TriggerKind.WRONG_OBJECT: Outcome.WRONG_OBJECT,
+    TriggerKind.DROPPED_OBJECT: Outcome.DROPPED,
+    TriggerKind.SAFETY_STOP: Outcome.STOPPED,
+    TriggerKind.TASK_TIMEOUT: Outcome.TIMEOUT,
+    TriggerKind.OPERATOR_SUCCESS: Outcome.SUCCESS,
+}
+
+
+# ── how it ended ────────────────────────────────────────────────────────────────────────────────────
+
+
+def reported(s: Signals) -> Outcome:
+    """What the cell says of how the attempt ended."""
+    return s.manifest.outcome
+
+
+def triggered(s: Signals) -> Outcome | None:
+    """The first trigger that tells how an attempt ended."""
+    named = [_ENDED[k] for k in s.kinds if k in _ENDED]
+    return named[0] if named else None
+
+
+def stopped(s: Signals) -> Outcome | None:
+    """A stop in the control rows ends an attempt, whoever reports otherwise."""
+    return Outcome.STOPPED if s.stopped else None
+
+
+def emptied(s: Signals) -> Outcome | None:
+    """The cup let go on command and hangs empty: as a success ends. One that still holds ran out of time."""
+    if s.stopped:
+        return None
+    if s.held_at_end:
+        return Outcome.TIMEOUT
+    return Outcome.SUCCESS if s.released_ns is not None and not s.interventions else None
+
+
+# ── how it failed ───────────────────────────────────────────────────────────────────────────────────
 
 
 def outcome(s: Signals) -> FailureMode | None:
-    """What the cell says of how the attempt ended."""
-    return _OUTCOME.get(s.manifest.outcome)
+    """What the cell says of how the attempt ended. It cannot tell what a stop was for."""
+    return None if s.stopped and s.astray else _OUTCOME.get(s.manifest.outcome)
 
 
 def trigger(s: Signals) -> FailureMode | None:
@@ -85,25 +110,24 @@ def trigger(s: Signals) -> FailureMode | None:
 
     An operator who says that a success was none cannot say by a key what it was.
     """
-    kinds = {x.kind for x in s.manifest.triggers}
-    if TriggerKind.OPERATOR_FAILURE in kinds and s.manifest.outcome is Outcome.SUCCESS:
+    if TriggerKind.OPERATOR_FAILURE in s.kinds and s.manifest.outcome is Outcome.SUCCESS:
         return FailureMode.UNKNOWN
-    named = [
-        _TRIGGER[x.kind] for x in sorted(s.manifest.triggers, key=lambda x: x.t_ns) if x.kind in _TRIGGER
-    ]
+    named = [_TRIGGER[k] for k in s.kinds if k in _TRIGGER]
+    if named and named[0] is FailureMode.SAFETY_STOP and s.astray:
+        return FailureMode.TRACKING
     return named[0] if named else None
 
 
 def stop(s: Signals) -> FailureMode | None:
-    """A stop in the control rows. One that a tracking error caused is a tracking failure."""
+    """A stop in the control rows. One of an arm that did not go where it was sent is a tracking failure."""
     if not s.stopped:
         return None
-    return FailureMode.TRACKING if s.stop_limits & Limit.TRACKING_ERROR else FailureMode.SAFETY_STOP
+    return FailureMode.TRACKING if s.astray else FailureMode.SAFETY_STOP
 
 
 def tracking(s: Signals) -> FailureMode | None:
-    """The arm did not follow its reference for longer than a jolt lasts."""
-    return FailureMode.TRACKING if s.error_lasted else None
+    """The arm did not follow its reference for longer than a jolt lasts, or a joint did not move at all."""
+    return FailureMode.TRACKING if s.error_lasted or s.stuck_joint is not None else None
 
 
 def vacuum(s: Signals) -> FailureMode | None:
@@ -136,59 +160,81 @@ def correction(s: Signals) -> FailureMode | None:
     return None
 
 
-FUNCTIONS: tuple[tuple[Function, float], ...] = (
-    (outcome, 1.0),
-    (trigger, 1.0),
-    (stop, 1.0),
-    (correction, 0.8),
-    (vacuum, 0.6),
-    (approach, 0.5),
-    (tracking, 0.4),
+# ── where in the task ───────────────────────────────────────────────────────────────────────────────
+
+
+def cup(s: Signals) -> Phase | None:
+    """What the cup held and sucked when it failed."""
+    return None if s.manifest.outcome is Outcome.SUCCESS else s.phase
+
+
+def finished(s: Signals) -> Phase | None:
+    """A success failed nowhere."""
+    return Phase.NONE if s.manifest.outcome is Outcome.SUCCESS else None
+
+
+def carried_off(s: Signals) -> Phase | None:
+    """A box that was not asked for is noticed when it is lifted."""
+    return Phase.CARRY if s.manifest.outcome is Outcome.WRONG_OBJECT else None
+
+
+def taken_over(s: Signals) -> Phase | None:
+    """With something on the cup the operator took over from a carry; else from what the tool was near to."""
+    if s.operator_put_down or s.operator_carried_on:
+        return Phase.CARRY
+    if s.nearest_m is None or s.ever_held:
+        return None
+    return Phase.GRASP if s.nearest_m < NEAR_M and s.suction_on else Phase.APPROACH
+
+
+# ── who was in control ──────────────────────────────────────────────────────────────────────────────
+
+
+def flagged(s: Signals) -> Intervention:
+    """The operator's flag in the frames."""
+    return Intervention.YES if s.interventions else Intervention.NO
+
+
+def concluded(s: Signals) -> Intervention:
+    """Whether the manifest says how a correction ended."""
+    return Intervention.YES if s.manifest.operator_outcome is not None else Intervention.NO
+
+
+def silent_policy(s: Signals) -> Intervention:
+    """Frames without a chunk of the policy, which are the operator's."""
+    return Intervention.YES if s.frames_without_chunk else Intervention.NO
+
+
+_TABLE: tuple[tuple[Aspect, Callable[[Signals], Said], float], ...] = (
+    (Aspect.OUTCOME, reported, 0.97),
+    (Aspect.OUTCOME, triggered, 0.90),
+    (Aspect.OUTCOME, stopped, 0.90),
+    (Aspect.OUTCOME, emptied, 0.60),
+    (Aspect.FAILURE_MODE, outcome, 0.95),
+    (Aspect.FAILURE_MODE, trigger, 0.93),
+    (Aspect.FAILURE_MODE, stop, 0.93),
+    (Aspect.FAILURE_MODE, correction, 0.85),
+    (Aspect.FAILURE_MODE, vacuum, 0.70),
+    (Aspect.FAILURE_MODE, approach, 0.65),
+    (Aspect.FAILURE_MODE, tracking, 0.60),
+    (Aspect.PHASE, finished, 0.97),
+    (Aspect.PHASE, cup, 0.85),
+    (Aspect.PHASE, carried_off, 0.80),
+    (Aspect.PHASE, taken_over, 0.65),
+    *((Aspect.CAUSE, f, accuracy) for f, accuracy in CAUSES),
+    (Aspect.INTERVENTION, flagged, 0.98),
+    (Aspect.INTERVENTION, concluded, 0.95),
+    (Aspect.INTERVENTION, silent_policy, 0.80),
 )
+FUNCTIONS = tuple(LabellingFunction(*row) for row in _TABLE)
 
 
-def vote(s: Signals) -> list[Vote]:
-    """Every function's opinion; those that abstain are left out."""
-    found = [(f, f(s), w) for f, w in FUNCTIONS]
-    return [Vote(f.__name__, mode, w) for f, mode, w in found if mode is not None]
-
-
-def tally(votes: list[Vote]) -> tuple[FailureMode, float]:
-    """The failure mode of the greatest weight and the confidence in it, 0..1; the earlier mode in a tie."""
-    if not votes:
-        return FailureMode.UNKNOWN, 0.0
-    weight = {m: sum(v.weight for v in votes if v.mode is m) for m in FailureMode}
-    best = max(FailureMode, key=lambda m: weight[m])
-    return best, weight[best] / (sum(weight.values()) + DOUBT)
-
-
-def cause(s: Signals, mode: FailureMode) -> tuple[Cause, str]:
-    """The likeliest barrier and the evidence for it; a hypothesis, in order of how direct the evidence is."""
-    if mode is FailureMode.NONE:
-        return Cause.NONE, "it succeeded"
-    kinds = {x.kind for x in s.manifest.triggers}
-    if s.not_finite:
-        return Cause.INTEGRATION, "a chunk with NaN or infinity was refused"
-    if TriggerKind.POLICY_INVALID in kinds:
-        return Cause.INTEGRATION, "the policy made chunks that were not fit to be followed"
-    if mode is FailureMode.SAFETY_STOP:
-        acted = ", ".join(x.name.lower() for x in Limit if x in s.stop_limits and x.name) or "no limit"
-        return Cause.SAFETY, f"a protective stop; in the 100 ms before it acted: {acted}"
-    if s.stale_share > STALE_SHARE:
-        return Cause.LATENCY, f"{s.stale_share:.0%} of the ticks had no fresh chunk"
-    if TriggerKind.POLICY_LATE in kinds:
-        return Cause.LATENCY, "the control loop ran out of fresh chunks"
-    if s.late_p99_ns > LATE_NS:
-        return Cause.LATENCY, f"the control loop was {s.late_p99_ns / 1e6:.1f} ms late (p99)"
-    if mode is FailureMode.TRACKING:
-        return Cause.HARDWARE, f"tracking error {s.error_rad:.2f} rad, limit {TRACKING_ERROR_RAD}"
-    if s.lost_with_suction_ns is not None:
-        return Cause.HARDWARE, "the vacuum broke although suction was commanded"
-    if mode is FailureMode.UNKNOWN:
-        return Cause.UNKNOWN, "no labelling function could tell"
-    if TriggerKind.OUT_OF_DISTRIBUTION in kinds:
-        return Cause.DISTRIBUTION_SHIFT, "what it saw was unlike what it was trained on"
-    return (
-        Cause.DISTRIBUTION_SHIFT,
-        "the robot did what the policy asked, in time; the policy asked for the wrong thing",
-    )
+def vote(s: Signals) -> tuple[Vote, ...]:
+    """Every function's opinion; those that abstain are left out. Pure."""
+    found = []
+    for f in FUNCTIONS:
+        said = f.call(s)
+        if said is not None:
+            word, why = said if isinstance(said, tuple) else (said, "")
+            found.append(Vote(f.aspect, f.name, word.value, why))
+    return tuple(found)
