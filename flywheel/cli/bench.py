@@ -20,6 +20,7 @@ BENCHES = {
     "recorder": "flywheel.bench.recorder:recorder",
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
+    "restarts": "flywheel.bench.restarts:restarts",
     "catalogue": "flywheel.catalogue.bench:catalogue",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
