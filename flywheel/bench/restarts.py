@@ -236,7 +236,7 @@ def restarts(full: bool = False) -> dict[str, Any]:
     size = FULL if full else QUICK
     home = Path(tempfile.mkdtemp(prefix="flywheel-restarts-"))
     seed = time.time_ns() % (1 << 32)
-    with _environment(home):
+    with environment(home):
         checkout = make_checkout(home / "checkout", PARAMS.format(least=size.most // 2, most=size.most))
         run = Run(home, checkout, size, np.random.default_rng(seed))
         try:
@@ -433,7 +433,7 @@ def _tree(pid: int) -> list[int]:
 
 
 @contextmanager
-def _environment(home: Path) -> Iterator[None]:
+def environment(home: Path) -> Iterator[None]:
     """This process's environment for the run: the embedded store and a checkout of its own, no others."""
     set_: Mapping[str, str] = {
         "FLYWHEEL_HOME": str(home),

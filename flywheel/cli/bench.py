@@ -21,6 +21,7 @@ BENCHES = {
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
     "restarts": "flywheel.bench.restarts:restarts",
+    "operations": "flywheel.bench.operations:operations",
     "catalogue": "flywheel.catalogue.bench:catalogue",
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
