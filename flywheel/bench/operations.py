@@ -1,10 +1,10 @@
 """``flywheel bench operations``: what running the cloud side costs, measured on the real thing.
 
-Each DAG file is parsed in a process of its own. ``flywheel up`` and ``flywheel down`` are run as commands, on
-a state directory of their own, twice, and what the first life knew has to be there in the second. ``dag.test``
-runs each DAG to its end on the embedded store, over a checkout whose stages take seconds. Memory is the
-proportional set size (PSS) of every process that belongs to the services, summed: what they share is counted
-once. One MB is 10^6 bytes.
+Each DAG file is parsed in a process of its own. The commands ``flywheel up`` and ``flywheel down`` are run on
+a state directory of their own, twice, and what the first life knew has to be there in the second; then
+``dag.test`` runs each DAG to its end on the embedded store, over a checkout whose stages take seconds. Memory
+is the proportional set size (PSS) of every process that belongs to the services, summed: what they share is
+counted once. One MB is 10^6 bytes.
 """
 
 from __future__ import annotations

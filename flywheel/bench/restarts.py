@@ -74,8 +74,8 @@ class Size:
     settle_s: float  # from the last kill to the end of everything
 
 
-QUICK = Size(failures=60, bursts=3, most=40, kills=1, pause_s=(4.0, 10.0), settle_s=240.0)
-FULL = Size(failures=500, bursts=10, most=100, kills=4, pause_s=(5.0, 25.0), settle_s=900.0)
+QUICK = Size(failures=60, bursts=3, most=40, kills=1, pause_s=(4.0, 10.0), settle_s=480.0)
+FULL = Size(failures=500, bursts=10, most=100, kills=4, pause_s=(5.0, 25.0), settle_s=1500.0)
 
 
 @dataclass

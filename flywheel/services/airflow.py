@@ -304,13 +304,20 @@ class Airflow:
                 "api_auth": {
                     "jwt_secret": old.get("api_auth", "jwt_secret", fallback=secrets.token_urlsafe(64))
                 },
-                # At the default of 5 s an approval that is answered at once can fail its task.
-                "workers": {"min_heartbeat_interval": "1"},
-                # What a process that was killed had in hand is noticed in a minute and not in five.
+                "workers": {
+                    # At the default of 5 s an approval that is answered at once can fail its task.
+                    "min_heartbeat_interval": "1",
+                    # An API server that died is back in half a minute, on a busy machine in two. By default
+                    # every task gives up after 10 s, and all its attempts with it.
+                    "execution_api_retries": "30",
+                    "execution_api_retry_wait_max": "8",
+                    "max_failed_heartbeats": "60",
+                },
+                # What a process that was killed had in hand is noticed in two minutes and not in five.
                 "scheduler": {
                     "orphaned_tasks_check_interval": "15",
-                    "task_instance_heartbeat_timeout": "60",
-                    "task_queued_timeout": "120",
+                    "task_instance_heartbeat_timeout": "120",
+                    "task_queued_timeout": "300",
                     "task_queued_timeout_check_interval": "30",
                 },
                 "dag_processor": {
