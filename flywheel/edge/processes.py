@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from flywheel.config import RecorderSettings
 from flywheel.edge import realtime, rows
@@ -91,6 +91,12 @@ class Plan(Strict):
     # How long a robot whose supervisor is gone holds still for another one to take it over, then it ends.
     orphan_s: float = 0.0
     trace_rows: int = 0  # keep so many rows of the executed reference in full precision (benchmarks)
+
+    @field_validator("cameras")
+    @classmethod
+    def _in_order(cls, value: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """By name: the layout of the shared memory must not depend on who wrote the plan down."""
+        return dict(sorted(value.items()))
 
     @property
     def ref(self) -> BundleRef:
