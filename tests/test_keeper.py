@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flywheel.errors import ServiceError
-from flywheel.services import keeper as keeping
 from flywheel.services.keeper import FORGET_S, PAUSE_MAX_S, Keeper, Patience, run
 
 
@@ -71,7 +70,7 @@ def test_a_start_that_fails_does_not_end_the_keeper_and_an_empty_list_does(
     keeper = Keeper(tmp_path)
     keeper.keep(["store"])
     looks = 0
-    monkeypatch.setattr(keeping.time, "sleep", lambda _: None)
+    monkeypatch.setattr("flywheel.services.keeper.time.sleep", lambda _: None)
 
     def revive(_: Patience) -> list[str]:
         nonlocal looks
