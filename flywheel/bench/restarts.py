@@ -47,6 +47,7 @@ from flywheel.workspace import TURN_VARIABLE
 PARTS = ("scheduler", "triggerer", "dag-processor", "api-server")
 STORE_PARTS = ("radosgw", "ceph-osd", "ceph-mon")
 KINDS = (*PARTS, "stage", "task", "store", "store stands still")
+ENDED = ("success", "skipped", "failed", "upstream_failed", "removed")
 BACK_S = 180.0  # by then what was killed has to be back
 STILL_S = (3.0, 10.0)
 PARAMS = """\
@@ -59,6 +60,8 @@ curate:
   max_episodes: {most}
 rollout:
   look_s: 2.0
+turn:
+  policy: models/base
 """
 
 
@@ -332,10 +335,7 @@ def _count(run: Run) -> dict[str, int]:
     shown = _shown(run.checkout)
     runs = approvals.runs(airflow, 100)
     tasks = [(r, t) for r in runs for t in approvals.run(airflow, r.run_id).tasks]
-    stuck = [
-        (r, t) for r, t in tasks if r.over and t.state in ("running", "queued", "deferred", "restarting")
-    ]
-    stuck += [(r, t) for r, t in tasks if not r.over]
+    stuck = [(r, t) for r, t in tasks if t.state not in ENDED]
     run.notes += [f"{r.run_id}: {t.name} is {t.state}" for r, t in stuck[:10]]
     lost = [i for i in run.ids if not curated[i]]
     run.notes += [f"failure {i} is in no dataset; claims: {claimed[i]}" for i in lost[:5]]

@@ -86,6 +86,8 @@ trigger:
   poll_s: 1.0
 rollout:
   look_s: 1.0
+turn:
+  policy: models/base
 """
 
 

@@ -42,7 +42,7 @@ class ReportingFleet:
         self.candidate_successes = candidate_successes  # of 40
         self.approver = approver  # who promotes as soon as that is possible; "" for nobody
         self._n = 0
-        self._batches = Counter[RolloutStage]()
+        self._batches = Counter[tuple[str, RolloutStage]]()  # sent, by rollout and stage
         self._error: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -77,9 +77,9 @@ class ReportingFleet:
         return state.stage is RolloutStage.WIDE
 
     def _evidence(self, state: RolloutState) -> None:
-        if self._batches[state.stage] == BATCHES:
+        if self._batches[state.rollout_id, state.stage] == BATCHES:
             return  # each look reads them all
-        self._batches[state.stage] += 1
+        self._batches[state.rollout_id, state.stage] += 1
         self._n += 1
         for robot in ROBOTS:
             if state.stage is RolloutStage.SHADOW and _in_cohort(state, robot):
