@@ -17,6 +17,7 @@ from flywheel.robot.twin import ALL_CAMERAS, POLICY_CAMERAS, TwinRobot
 from flywheel.schema import Mode, Outcome
 from flywheel.twin.cell import Cell
 from flywheel.twin.operator import plan
+from flywheel.twin.parameters import TwinParameters
 from flywheel.twin.shift import shift as named_shift
 
 EPISODE_S = 6.0  # time limit of the policy; the default of params.yaml's twin.episode_s
@@ -51,7 +52,7 @@ class Attempt:
 
     With ``record``, both cameras are rendered and every row goes to ``lockstep.rings``, where a recorder
     (``lockstep.recorder``) finds them; with ``operator_takes_over``, the scripted operator finishes what the
-    policy did not.
+    policy did not. ``parameters`` are the twin's, where they were identified.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Attempt:
         settings: EdgeSettings | None = None,
         policy: ActionSource | None = None,
         jpeg_quality: int | Mapping[str, int] = 95,
+        parameters: TwinParameters | None = None,
     ) -> None:
         settings = EdgeSettings() if settings is None else settings
-        self.cell = Cell(named_shift(shift))
+        self.cell = Cell(named_shift(shift), parameters)
         self.robot = TwinRobot(
             self.cell, ALL_CAMERAS if record else POLICY_CAMERAS, rate_hz=settings.control_hz
         )

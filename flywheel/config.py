@@ -162,6 +162,7 @@ class GateSettings(Section):
     """What a candidate must show."""
 
     shift: str = "factory"  # where the failures came from
+    twin: str = ""  # file of the twin's identified parameters (`flywheel twin identify`); "": the model's own
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab
     look_pairs: Count = 10  # pairs between two looks at success; it may be decided at each look
@@ -204,6 +205,7 @@ class RolloutSettings(Section):
     max_infer_ms: Positive = 80.0  # p99 of the candidate's inference on the robots
     twin_releases: Annotated[int, Field(ge=2)] = 4  # past ones that it takes to judge the twin
     twin_rank_violation: Fraction = 0.1  # success lost by believing the twin's order; beyond it, poor trust
+    twin_replay_error: Fraction = 0.1  # of a signal's range, replayed open loop; beyond it, poor trust
     twin_poor_factor: Annotated[float, Field(ge=1)] = 2.0  # canary episodes where the twin is poorly trusted
     max_shadow_rms: Positive = 0.3  # of the candidate's from today's actions; beyond it nobody meant this
 

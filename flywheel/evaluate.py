@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +34,7 @@ from flywheel.stats import paired_difference, percentiles, proven_reliability, t
 
 if TYPE_CHECKING:
     from flywheel.attempt import AttemptResult
+    from flywheel.twin.parameters import TwinParameters
 
 OnProgress = Callable[[int, int], None]  # attempts done, attempts planned
 KEPT = 6  # loaded (policy, cell) pairs that a worker keeps: two bundles in three shifts
@@ -389,10 +391,15 @@ def _attempted(runner: Runner, job: Job) -> Attempted:
     )
 
 
-def _real_attempt(bundle: Path, shift: str) -> Runner:
+def _real_attempt(bundle: Path, shift: str, parameters: TwinParameters | None = None) -> Runner:
     from flywheel.attempt import Attempt
 
-    return Attempt(bundle, shift)
+    return Attempt(bundle, shift, parameters=parameters)
+
+
+def attempts_in(parameters: TwinParameters | None) -> Callable[[Path, str], Runner]:
+    """``Evaluator``'s ``make`` for a twin with identified parameters."""
+    return partial(_real_attempt, parameters=parameters)
 
 
 def _finite(x: float) -> float | None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from flywheel.config import GateSettings
 from flywheel.edge.runtime import Quantiles
-from flywheel.errors import BundleError, StageError
+from flywheel.errors import BundleError, ConfigError, StageError
 from flywheel.evaluate import Attempted, Job
 from flywheel.gate import Scenario, decide, failure_scenarios, gate, page, required_checks, task
 from flywheel.gate import bundle as gate_bundle
@@ -682,6 +682,22 @@ def test_scenes_are_fresh_for_each_pair_of_policies_and_the_same_for_the_same_pa
 
 
 # ── what it leaves behind ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_report_names_the_twin_that_it_was_made_in(world: World, tmp_path: Path) -> None:
+    from flywheel.rollout import twin
+    from flywheel.twin.cell import MODEL_SHA256, twin_digest
+    from flywheel.twin.parameters import Estimate, TwinParameters
+
+    heavy = Estimate(nominal=2, value=2.5, low=2.4, high=2.6, identified=True, unit="kg")
+    parameters = TwinParameters(model_sha256=MODEL_SHA256, parameters={"mass.shoulder": heavy})
+    path = tmp_path / "twin.json"
+    path.write_bytes(parameters.to_bytes())
+    identified = SETTINGS.model_copy(update={"twin": str(path)})
+    assert twin.used_by(world.judge(tmp_path / "a")) == twin_digest(None)
+    assert twin.used_by(world.judge(tmp_path / "b", identified)) == twin_digest(parameters)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        world.judge(tmp_path / "c", SETTINGS.model_copy(update={"twin": str(tmp_path / "none")}))
 
 
 def test_reports_say_the_same_in_three_forms(world: World, tmp_path: Path) -> None:

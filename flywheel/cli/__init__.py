@@ -22,6 +22,7 @@ from flywheel.cli import (
     rollouts,
     stages,
     turns,
+    twin,
 )
 from flywheel.errors import FlywheelError
 
@@ -43,6 +44,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(campaigns.app, name="campaigns")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(turns.app, name="turn", hidden=True)
+app.add_typer(twin.app, name="twin")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ BENCHES = {
     "stats": "flywheel.gate.bench:bench",
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",
+    "twin": "flywheel.rehearsal.sysid:twin",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,14 +85,21 @@ def decide(
 
 
 @app.command("twin")
-def twin_trust(json: Json = False) -> None:
-    """How far the twin may be trusted: what it said of past releases against what the robots did."""
+def twin_trust(
+    parameters: Annotated[Path | None, typer.Option(help="The twin's identified parameters.")] = None,
+    json: Json = False,
+) -> None:
+    """How far the twin may be trusted: what it said of past releases against what the robots did, and how far
+    it is from the episodes that `flywheel twin replay --keep` replayed."""
     from flywheel.config import Settings
     from flywheel.rollout import twin
     from flywheel.services.environment import store
+    from flywheel.twin.cell import twin_digest
+    from flywheel.twin.parameters import TwinParameters
 
     outcomes = twin.past(store())
-    found = twin.trust(outcomes, Settings.load().rollout)
+    digest = twin_digest(None if parameters is None else TwinParameters.load(parameters))
+    found = twin.trust(outcomes, Settings.load().rollout, twin.replayed(store(), digest), digest)
     if json:
         show(found, True)
         return

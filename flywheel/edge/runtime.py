@@ -411,9 +411,11 @@ def run_wall(
     policy_hz: float = 10.0,
     threads: int = 1,
     priority: int = 50,
+    parameters: str = "",
 ) -> WallResult:
     """Run a bundle on the twin in real time for ``seconds`` and say how it went."""
-    with Wall(twin_plan(bundle, shift, seed, control_hz, policy_hz, threads, priority)) as wall:
+    plan = twin_plan(bundle, shift, seed, control_hz, policy_hz, threads, priority, parameters=parameters)
+    with Wall(plan) as wall:
         return wall.run(seconds)
 
 
@@ -426,8 +428,12 @@ def twin_plan(
     threads: int = 1,
     priority: int = 50,
     supervision: SupervisionSettings | None = None,
+    parameters: str = "",
 ) -> Plan:
-    """The plan that runs a bundle on the twin; System 2 will run these very bytes and no others."""
+    """The plan that runs a bundle on the twin; System 2 will run these very bytes and no others.
+
+    ``parameters`` is the path of a file of the twin's identified ones.
+    """
     import flywheel.twin
     from flywheel.twin.cell import CAMERAS, JOINTS, Cell
     from flywheel.twin.shift import shift as named
@@ -439,7 +445,7 @@ def twin_plan(
     return Plan(
         robot=TWIN_ROBOT,
         perception=TWIN_PERCEPTION,
-        args={"shift": shift, "seed": seed, "control_hz": control_hz},
+        args={"shift": shift, "seed": seed, "control_hz": control_hz, "parameters": parameters},
         joints=JOINTS,
         cameras={name: (side, side) for name, side in CAMERAS.items()},
         limits=str(Path(flywheel.twin.__file__).parent / "limits.yaml"),

@@ -25,11 +25,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from flywheel.config import GateSettings
 from flywheel.errors import BundleError
-from flywheel.evaluate import Evaluator, Scenario
+from flywheel.evaluate import Evaluator, Scenario, attempts_in
 from flywheel.gate import bundle, page, task, wall
 from flywheel.gate.judge import Evaluate, Judge, OnProgress
 from flywheel.gate.task import LAB
@@ -76,17 +77,22 @@ def gate(
     ``scenarios`` are the failures that led here. ``evaluate`` and ``run_wall`` default to the twin in
     lockstep and to the edge processes on the wall clock. Reports of an earlier run in ``out`` are removed
     first, so that a gate which does not end leaves no verdict. Raises ``BundleError`` only if ``current``
-    is unusable; a bad candidate is a verdict, not an error.
+    is unusable, ``ConfigError`` if ``settings.twin`` is; a bad candidate is a verdict, not an error.
     """
+    from flywheel.twin.cell import twin_digest
+    from flywheel.twin.parameters import TwinParameters
+
     page.clear(out)
     if problem := bundle.incomplete(current):
         raise BundleError(f"current policy {current}: {problem}")
     with ExitStack() as stack:
+        parameters = TwinParameters.load(settings.twin) if settings.twin else None
         if evaluate is None:
-            evaluate = stack.enter_context(Evaluator(workers)).run
+            evaluate = stack.enter_context(Evaluator(workers, attempts_in(parameters))).run
         if run_wall is None:
-            run_wall = wall.real_run
-        report = _report(candidate, current, settings, scenarios, evaluate, run_wall, on_progress)
+            run_wall = partial(wall.real_run, parameters=settings.twin)
+        twin = twin_digest(parameters)
+        report = _report(candidate, current, settings, scenarios, evaluate, run_wall, on_progress, twin)
     page.write(report, out)
     return report
 
@@ -99,10 +105,11 @@ def _report(
     evaluate: Evaluate,
     run_wall: wall.RunWall,
     on_progress: OnProgress | None,
+    twin: str,
 ) -> GateReport:
     paths = (current, candidate)
     digests = _digest(current), _digest(candidate)
-    checks = [bundle.check(candidate, current)]
+    checks = [bundle.check(candidate, current, twin)]
     if checks[0].verdict is Verdict.PROMOTE:
         judge = Judge(paths, digests, settings, evaluate, run_wall, on_progress or (lambda *_: None))
         checks += judge.checks(scenarios)

@@ -21,8 +21,10 @@ def incomplete(directory: Path) -> str:
     return f"no policy bundle: {', '.join(missing)} missing" if missing else ""
 
 
-def check(candidate: Path, current: Path) -> Check:
+def check(candidate: Path, current: Path, twin_digest: str = "") -> Check:
     """A mismatch or a bundle that does not run is proven unfit: roll back. An unknown fact holds.
+
+    ``twin_digest`` names the twin in which the other checks run; it is part of the evidence.
 
     ``value`` counts the objections, ``n`` the facts that were compared.
     """
@@ -49,7 +51,8 @@ def check(candidate: Path, current: Path) -> Check:
         value=float(len(broken) + len(unknown)),
         bar=_BAR,
         n=len(SIGNATURE) + 4,  # and limits, execute, a run, and that it is another policy
-        evidence={"reason": "; ".join(broken + unknown)} if broken or unknown else {},
+        evidence={"twin_digest": twin_digest}
+        | ({"reason": "; ".join(broken + unknown)} if broken or unknown else {}),
     )
 
 

@@ -69,11 +69,11 @@ BARS: tuple[Bar, ...] = (
 CHECKS = (FAULTS, *(b.check for b in BARS))
 
 
-def real_run(bundle: Path, shift: str, seconds: float, seed: int) -> WallResult:
-    """System 1, System 2 and the twin as processes, for ``seconds``."""
+def real_run(bundle: Path, shift: str, seconds: float, seed: int, parameters: str = "") -> WallResult:
+    """System 1, System 2 and the twin as processes, for ``seconds``; ``parameters``: a file of the twin's."""
     from flywheel.edge.runtime import run_wall
 
-    return run_wall(bundle, shift, seconds, seed)
+    return run_wall(bundle, shift, seconds, seed, parameters=parameters)
 
 
 def checks(runs: Runs, digests: tuple[str, str], settings: GateSettings) -> list[Check]:

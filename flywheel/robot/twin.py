@@ -19,6 +19,7 @@ from flywheel.errors import ConfigError
 from flywheel.robot import FloatArray, JointState, Observation
 from flywheel.twin.cell import JOINTS, STEP_NS, Cell
 from flywheel.twin.kinematics import inverse
+from flywheel.twin.parameters import TwinParameters
 from flywheel.twin.sampling import state_of
 from flywheel.twin.shift import shift as named_shift
 
@@ -182,8 +183,10 @@ class TwinRobot(TwinPerception):
 
 
 def wall_robot(args: dict[str, Any], world: memoryview) -> TwinRobot:
-    """System 1's half on the wall clock (``Plan.robot``); ``args``: shift, seed, control_hz."""
-    cell = Cell(named_shift(args["shift"]))
+    """System 1's half on the wall clock (``Plan.robot``); ``args``: shift, seed, control_hz, and parameters,
+    the path of a file of identified ones."""
+    path = args.get("parameters", "")
+    cell = Cell(named_shift(args["shift"]), TwinParameters.load(path) if path else None)
     slot = Seqlock(world_dtype(cell), world)
     robot = TwinRobot(cell, publish=slot, rate_hz=float(args.get("control_hz", PHYSICS_HZ)))
     robot.reset(args["seed"])

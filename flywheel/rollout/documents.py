@@ -26,6 +26,7 @@ from flywheel.schema import (
 
 Natural = Annotated[int, Field(ge=0)]
 TWIN_PREFIX = "fleet/twin/"
+REPLAY_PREFIX = "fleet/twin-replay/"
 
 
 class Tail(Strict):
@@ -168,25 +169,66 @@ class TwinOutcome(Strict):
         return f"{TWIN_PREFIX}{self.rollout_id}.json"
 
 
+class TwinReplay(Strict):
+    """``fleet/twin-replay/<twin digest>.json``: how far a twin is from recorded episodes that it replays.
+
+    ``errors``: open loop over ``window_s``, rms over the range that the recorded signal covers, the worst
+    joint's or axis's of q, dq and tool; None for one that does not move.
+    """
+
+    schema_version: Literal[1] = 1
+    twin_digest: str = Field(pattern=DIGEST)
+    t_unix_ns: Natural
+    episodes: int = Field(ge=1)
+    robots: tuple[str, ...] = ()
+    window_s: float = Field(gt=0)
+    errors: dict[str, Annotated[float, Field(ge=0)] | None]
+
+    @property
+    def key(self) -> str:
+        """Where it lies in the store; the newest replaces the older."""
+        return f"{REPLAY_PREFIX}{self.twin_digest}.json"
+
+    @property
+    def worst(self) -> float | None:
+        """The largest of the errors; None where a signal of the three says nothing."""
+        found = [self.errors.get(s) for s in ("q", "dq", "tool")]
+        known = [e for e in found if e is not None]
+        return max(known) if len(known) == len(found) else None
+
+
 class TwinTrust(Strict):
-    """What past releases say of the twin. ``poor`` is None while there are too few to tell."""
+    """What past releases, and replayed episodes, say of the twin.
+
+    ``poor`` is true if either speaks against it, false only if both were heard; None while there are too few
+    releases, or no replay of the twin that the gate used, and the other has nothing against it.
+    """
 
     schema_version: Literal[1] = 1
     releases: int
     rank_correlation: float | None = None
     rank_violation: float | None = None  # mean maximum, in success
     bias: float | None = None  # mean of twin minus robots, in success
+    twin_digest: str = ""  # of the twin that the gate used; "" if it does not say
+    replay_error: float | None = None  # worst normalised, see TwinReplay; None: no replay of that twin
+    replay_episodes: int = 0
     poor: bool | None = None
 
     def sentence(self) -> str:
         """For a person."""
-        if self.poor is None:
-            return f"the twin is not judged yet: {self.releases} releases"
-        word = "poorly trusted" if self.poor else "trusted"
-        return (
-            f"the twin is {word}: over {self.releases} releases rank correlation "
-            f"{self.rank_correlation:.2f}, rank violation {self.rank_violation:.2f}, bias {self.bias:+.2f}"
-        )
+        word = {None: "not judged yet", True: "poorly trusted", False: "trusted"}[self.poor]
+        ranks = f"{self.releases} releases"
+        if self.rank_violation is not None:
+            ranks = (
+                f"over {self.releases} releases rank correlation {self.rank_correlation:.2f}, "
+                f"rank violation {self.rank_violation:.2f}, bias {self.bias:+.2f}"
+            )
+        replay = "no replay of it"
+        if self.replay_error is not None:
+            replay = (
+                f"replay error {100 * self.replay_error:.2g} % of range over {self.replay_episodes} episodes"
+            )
+        return f"the twin is {word}: {ranks}; {replay}"
 
 
 class RolloutState(Strict):

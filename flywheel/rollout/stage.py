@@ -136,7 +136,8 @@ def start(
     below = cohort_limit(rid, [r.robot for r in following], settings.canary_fraction)
     trust = publisher.load().trust()
     _bring(store, publisher, candidate)
-    trusted = twin.trust(twin.past(store), settings)
+    used = twin.used_by(gate)
+    trusted = twin.trust(twin.past(store), settings, twin.replayed(store, used), used)
     if other is not None:
         _supersede(store, publisher, other, rid, now)
     first = RolloutState(

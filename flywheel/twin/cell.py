@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.errors import ConfigError
+from flywheel.schema import sha256_bytes
 from flywheel.twin.kinematics import FORE_M, SHOULDER_M, TOOL_M, UPPER_M, FloatArray, forward, inverse
 from flywheel.twin.operator import BIN_M
+from flywheel.twin.parameters import TwinParameters, apply
 from flywheel.twin.shift import COLOURS, Shift
 
 JOINTS = 5
@@ -89,12 +91,34 @@ MJCF = f"""
 </mujoco>"""
 
 
-class Cell:
-    """One cell in one shift. Not thread-safe; rendering binds to the thread that first renders."""
+MODEL_SHA256 = sha256_bytes(MJCF.encode())
 
-    def __init__(self, shift: Shift) -> None:
+
+def twin_digest(parameters: TwinParameters | None) -> str:
+    """What names a twin: hex sha256 over its model's and, where there are any, its parameters' digests."""
+    return sha256_bytes(f"{MODEL_SHA256} {parameters.digest if parameters is not None else ''}\n".encode())
+
+
+class Cell:
+    """One cell in one shift. Not thread-safe; rendering binds to the thread that first renders.
+
+    With ``parameters``, the arm and what it carries are as those were identified; ``ConfigError`` if that
+    was for another model.
+    """
+
+    def __init__(self, shift: Shift, parameters: TwinParameters | None = None) -> None:
         self.shift = shift
         self.model = mujoco.MjModel.from_xml_string(MJCF)
+        values = parameters.values if parameters is not None else {}
+        if parameters is not None:
+            if parameters.model_sha256 != MODEL_SHA256:
+                raise ConfigError(
+                    f"model_sha256 = {parameters.model_sha256[:12]}: these parameters were identified for another "
+                    f"model than the twin's {MODEL_SHA256[:12]}; run `flywheel twin identify` again"
+                )
+            apply(self.model, values)
+        self._box_kg = values.get("payload", shift.mass_kg)
+        self._delay = Delay(values.get("delay", 0.0)) if values.get("delay", 0.0) > 0.0 else None
         self.data = mujoco.MjData(self.model)
         m = self.model
         self._light = m.light_diffuse.copy()
@@ -166,6 +190,8 @@ class Cell:
         self.ticks = 0
         self._released_high = False
         mujoco.mj_forward(self.model, self.data)
+        if self._delay is not None:
+            self._delay.begin(self.bias)
         self._rest_z[:] = [self.data.xpos[b, 2] for b in self._box_body]
 
     @staticmethod
@@ -212,8 +238,8 @@ class Cell:
         self.model.geom_size[g] = half
         self.model.geom_rbound[g] = half * np.sqrt(3.0)
         self.model.geom_aabb[g, 3:] = half
-        self.model.body_mass[b] = self.shift.mass_kg
-        self.model.body_inertia[b] = self.shift.mass_kg * (2 * half) ** 2 / 6.0
+        self.model.body_mass[b] = self._box_kg
+        self.model.body_inertia[b] = self._box_kg * (2 * half) ** 2 / 6.0
         self.set_box(i, np.array([spot[0], spot[1], half]), yaw)
 
     def set_box(self, i: int, position: FloatArray, yaw: float = 0.0) -> None:
@@ -271,7 +297,7 @@ class Cell:
 
     def step(self, tau: FloatArray, suction: float) -> None:
         """One millisecond with joint torques ``tau``, N·m, and the vacuum on if ``suction`` > 0.5."""
-        self._ctrl[:] = tau
+        self._ctrl[:] = tau if self._delay is None else self._delay.pass_on(tau)
         if suction > 0.5:
             if self.held < 0:
                 self._grasp()
@@ -360,6 +386,27 @@ class Cell:
         if self._eyes is not None:
             self._eyes.close()
             self._eyes = None
+
+
+class Delay:
+    """Torques that take effect later: linear between the two steps that a delay lies between."""
+
+    def __init__(self, delay_s: float) -> None:
+        whole, self._part = divmod(delay_s * 1e9 / STEP_NS, 1.0)
+        self._kept = np.zeros((int(whole) + 2, JOINTS))
+        self._at = 0
+
+    def begin(self, tau: FloatArray) -> None:
+        """``tau`` ``[5]``, N·m, is what was commanded until now."""
+        self._kept[:] = tau
+
+    def pass_on(self, tau: FloatArray) -> FloatArray:
+        """What takes effect in this step, ``[5]`` N·m, now that ``tau`` is commanded."""
+        n = len(self._kept)
+        self._at = (self._at + 1) % n
+        self._kept[self._at] = tau
+        now, before = self._kept[(self._at + 2) % n], self._kept[(self._at + 1) % n]
+        return np.asarray((1.0 - self._part) * now + self._part * before)
 
 
 class _Eyes:
