@@ -87,7 +87,7 @@ def test_a_clean_checkout_has_no_patch(checkout: Path) -> None:
 def test_a_file_that_goes_away_while_it_is_looked_at_does_not_end_the_turn(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A developer's `dvc exp run` writes and removes files of the checkout, and git takes that for an error."""
+    """A developer's `dvc exp run` writes and removes files there, and git takes that for an error."""
     (checkout / "new.py").write_text("new")
     (checkout / "gone.py").write_text("gone")
     git, failures, pauses = workspace._git, 3, list[float]()

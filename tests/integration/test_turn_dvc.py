@@ -125,6 +125,19 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in path.read_text()
 
 
+def test_what_the_checkouts_own_dvc_lock_lists_is_not_finished_in_a_turn(
+    checkout: Path, home: Deployment, store: Store, tmp_path: Path
+) -> None:
+    """A developer's runs leave one behind; a turn that believed it would save what it never made."""
+    lock = "".join(f"  {stage}:\n    cmd: earlier\n" for stage in STAGES)
+    (checkout / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{lock}")
+    fail_on_a_robot(store, tmp_path, 1)
+    assert open_turn("turn-a", force=True) is not None
+    with pytest.raises(StageError, match="curate has not finished"):
+        close_turn("turn-a")
+    assert close_turn("turn-a", ok=False).stages == ()
+
+
 TURN = """
 import sys
 from flywheel.turn import close_turn, open_turn, run_stage
@@ -180,7 +193,6 @@ def test_two_turns_at_once_and_a_developers_own_experiment_beside_them_are_all_l
     metrics = {name: data["metrics"]["data/curated/curate.json"]["data"] for name, data in shown.items()}
     curated = {name: found["taken"] for name, found in metrics.items()}
     assert curated == {"mine": 1, "turn-one": 2, "turn-two": 2}
-    print(steps)
 
 
 def test_sigterm_reaches_a_stage_and_a_failed_turn_is_an_experiment_too(
