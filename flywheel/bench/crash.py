@@ -47,6 +47,7 @@ JOINTS, STATE, ACTION, CHUNK = 5, 5, 4, 16
 CAMERAS = {"wrist": (64, 64), "scene": (64, 64)}
 CONTROL_ROWS, FRAME_ROWS, EVENT_ROWS = 8192, 128, 256  # 8 s, 12 s, a minute or more
 RING_S = CONTROL_ROWS / 1000
+REFUSED_NS = 30_000_000_000
 QUOTA = 1 << 34
 DISK_MB = 256  # room for all that waits while the store fails: what the quota drops would count as lost
 SETTINGS = RecorderSettings(
@@ -208,8 +209,11 @@ def upload(rig: Rig, store: Store) -> None:
     """The uploader: through whatever the network is now."""
     spool = Spool(rig.root, store, QUOTA, step=rig.step(2))
     while True:
-        result = spool.upload_once(time.monotonic_ns())
-        if rig.words[_END] > 1 and not result.waiting:
+        now = time.monotonic_ns()
+        result = spool.upload_once(now)
+        # What the store refuses (it keeps other bytes under that name) waits for a person.
+        refused = result.retry_ns is not None and result.retry_ns - now > REFUSED_NS
+        if rig.words[_END] > 1 and (not result.waiting or refused):
             return
         time.sleep(0.02)
 
@@ -253,11 +257,11 @@ class _Lives:
 
     def __init__(self, rig: Rig, rng: np.random.Generator, told: Told) -> None:
         self.rig, self.rng, self.told = rig, rng, told
-        store = rig.client(rig.endpoint, timeout_s=1.0, attempts=1)
+        self.store = rig.client(rig.endpoint, timeout_s=1.0, attempts=1)
         self._work: tuple[Callable[[], None], ...] = (
             lambda: record(rig),
             lambda: keep_spool(rig),
-            lambda: upload(rig, store),
+            lambda: upload(rig, self.store),
         )
         self._pids = [0, 0, 0]
         self._die_at = [0.0, 0.0, 0.0]
@@ -351,6 +355,7 @@ def run(
         os.waitpid(pids.pop(), 0)
         finished = lives.last(0, 300.0)
         rig.words[_END] = 2
+        lives.store = rig.client(rig.endpoint)  # nothing fails any more: what is slow now is only slow
         drained = lives.last(2, 300.0)
         at_last = rig.client()
     finally:
