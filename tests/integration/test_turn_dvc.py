@@ -168,7 +168,7 @@ def test_two_turns_at_once_and_a_developers_own_experiment_beside_them_are_all_l
         )
 
     running = {"mine": begin("mine")}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not ran(tmp_path):  # the developer's run is under way
         assert running["mine"].poll() is None, running["mine"].communicate()[0]
         assert time.monotonic() < deadline
