@@ -74,11 +74,12 @@ class Size:
     most: int  # episodes of one turn
     kills: int  # of each kind
     pause_s: tuple[float, float]  # between two kills
-    settle_s: float  # from the last kill to the end of everything
+    settle_s: float  # from the last kill to the end of everything, at most
 
 
-QUICK = Size(failures=60, bursts=3, most=40, kills=1, pause_s=(4.0, 10.0), settle_s=480.0)
-FULL = Size(failures=500, bursts=10, most=100, kills=4, pause_s=(5.0, 25.0), settle_s=1500.0)
+STUCK_S = 180.0  # what does not move for so long is stuck; before, it is only slow
+QUICK = Size(failures=60, bursts=3, most=40, kills=1, pause_s=(4.0, 10.0), settle_s=1200.0)
+FULL = Size(failures=500, bursts=10, most=100, kills=4, pause_s=(5.0, 25.0), settle_s=3600.0)
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     cleared: Counter[str] = field(default_factory=Counter)  # runs whose failed tasks were cleared
     stop: threading.Event = field(default_factory=threading.Event)
+    _seen: tuple[str, float] = ("", float("inf"))  # how things stood, and since when
 
     def __post_init__(self) -> None:
         self.airflow, self.ceph = Airflow(self.home), Ceph(self.home)
@@ -137,13 +139,13 @@ class Run:
                 self.notes.append(f"{kind} was not running when it was to be killed")
                 return
             os.kill(killed.pid, signal.SIGKILL)
-            back = self._wait(lambda: self._runs_anew(kind, killed), BACK_S)
+            back = self.wait(lambda: self._runs_anew(kind, killed), BACK_S)
         elif kind == "store":
             which = [n for n in STORE_PARTS if self.rng.random() < 0.5] or [str(self.rng.choice(STORE_PARTS))]
             for name in which:
                 if (daemon := process.running(self.ceph.run, name)) is not None:
                     os.kill(daemon.pid, signal.SIGKILL)
-            back = self._wait(self._store_answers, BACK_S)
+            back = self.wait(self._store_answers, BACK_S)
         elif kind == "store stands still":
             gateway = process.running(self.ceph.run, "radosgw")
             if gateway is None:
@@ -152,9 +154,9 @@ class Run:
             time.sleep(float(self.rng.uniform(*STILL_S)))
             with suppress(ProcessLookupError):
                 os.kill(gateway.pid, signal.SIGCONT)
-            back = self._wait(self._store_answers, BACK_S)
+            back = self.wait(self._store_answers, BACK_S)
         else:
-            victims = self._wait(lambda: self._stages() if kind == "stage" else self._task(), 60.0)
+            victims = self.wait(lambda: self._stages() if kind == "stage" else self._task(), 60.0)
             for pid in victims or ():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -192,12 +194,13 @@ class Run:
         ]
         return [] if not workers else _tree(int(self.rng.choice(workers)))
 
-    def _wait[T](self, look: Callable[[], T], most_s: float) -> T | None:
+    def wait[T](self, look: Callable[[], T], most_s: float, every_s: float = 0.1) -> T | None:
+        """Look again and again until there is something; None if there is nothing for so long."""
         end = time.monotonic() + most_s
         while time.monotonic() < end:
             if found := look():
                 return found
-            time.sleep(0.1)
+            time.sleep(every_s)
         return None
 
     # ── the person ───────────────────────────────────────────────────────────────────────────────────
@@ -223,14 +226,21 @@ class Run:
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────
 
     def settled(self) -> bool:
-        """Whether nothing waits and nothing runs."""
+        """Whether nothing waits and nothing runs, or nothing has moved for ``STUCK_S``."""
+        now = time.monotonic()
         try:
             store = self.store()
-            if backlog(store).count or any(not ok for _, ok in _turns(store)):
-                return False
-            return all(r.over for r in approvals.runs(self.airflow, 50))
+            turns, runs = _turns(store), approvals.runs(self.airflow, 50)
+            waiting = backlog(store).count
+            seen = waiting, turns, [approvals.run(self.airflow, r.run_id).tasks for r in runs if not r.over]
         except FlywheelError:
             return False
+        if not waiting and all(closed for _, closed in turns) and all(r.over for r in runs):
+            return True
+        states = repr([seen[:2], [[(t.name, t.state, t.attempt) for t in tasks] for tasks in seen[2]]])
+        if states != self._seen[0]:
+            self._seen = states, now
+        return now - self._seen[1] > STUCK_S
 
 
 def restarts(full: bool = False) -> dict[str, Any]:
@@ -301,7 +311,7 @@ def _turn_the_wheel(run: Run) -> float:
         threads[0].join(run.size.settle_s)
         if threads[0].is_alive():
             run.notes.append(f"{len(run.ids) - len(run.uploaded)} failures were not uploaded in time")
-        run._wait(run.settled, run.size.settle_s - (time.monotonic() - quiet))
+        run.wait(run.settled, run.size.settle_s - (time.monotonic() - quiet), every_s=2.0)
         took = time.monotonic() - quiet
         run.stop.set()
         threads[1].join()
