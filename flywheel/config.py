@@ -102,6 +102,47 @@ class RecorderSettings(Section):
         return self.metered_priority if self.metered else None
 
 
+class CheckSettings(Section):
+    """What passes for a true recording; beyond it an episode is quarantined (``flywheel.curate.checks``).
+
+    The worst of 481 sound episodes of the twin is given where there is one. A turn cannot change these.
+    """
+
+    robots: tuple[str, ...] = ("flywheel/twin/limits.yaml",)  # their limits files; none: not checked
+    joint_slack_rad: Fraction = 0.05  # beyond the soft limits
+    window_s: Positive = 0.05  # over which velocities are integrated
+    max_drift_rad: Positive = 0.05  # of a joint from its integrated velocity within a window; 0.0006 is seen
+    max_unit_ratio: Annotated[float, Field(gt=1)] = 1.5  # between the two; 1.003 is seen
+    min_motion_rad: Positive = 0.2  # less of it shows nothing
+    frozen_s: Positive = 0.1  # one value to the last bit while the joint is told to move
+    frozen_motion_rad: Positive = 0.02
+    saturated_s: Positive = 0.2  # cut off at one value, in all
+    pose_dims: Annotated[int, Field(ge=0)] = 3  # so many numbers of state and action are the same quantities
+    min_pose_per_rad: Positive = 0.02  # path of the state over path of the joints; 0.23 to 0.31 is seen
+    max_pose_per_rad: Positive = 5.0
+    min_speed_variation: Fraction = 0.3  # deviation over mean; steadier speeds have nothing to correlate
+    min_state_joint_r2: Fraction = 0.5  # of the state's steps by the joints'; 0.82 is seen
+    min_action_r2: Fraction = 0.5  # of a person's targets; 0.64 is seen
+    min_policy_action_r2: Fraction = 0.1  # of a policy's; 0.31 is seen of one that fails
+    max_action_ratio: Annotated[float, Field(gt=1)] = 2.0  # of a person's targets to the steps; 1.14 is seen
+    max_action_error: Positive = 0.12  # of one step, m or rad; 0.04 is seen
+    success_lets_go: bool = True  # a success held something and let go of it when told to
+    black_level: Annotated[float, Field(ge=0, le=255)] = 12.0  # 17 is seen in dim light
+    white_level: Annotated[float, Field(ge=0, le=255)] = 243.0
+    min_contrast: Annotated[float, Field(ge=0)] = 4.0  # of 255; 6.5 is seen
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.15  # Laplacian over picture; 0.87 is seen
+    bad_images: Annotated[int, Field(ge=0)] = 1  # so many of an episode may be black, white or blurred
+    stuck_images: Annotated[int, Field(ge=2)] = 3
+    stuck_motion_rad: Positive = 0.02
+    min_change_ratio: Annotated[float, Field(ge=1)] = 1.5  # of pictures, fast to slow; 2.1 is seen
+    image_motion_mads: Positive = 8.0  # of the correlation of pictures with motion, below the others' median
+    repeat_rad: Positive = 0.008  # rms of the joints in all common frames; closer, and alike: a repeat
+    repeat_look: Positive = 0.25  # rms of thumbnails of mean 0 and deviation 1
+    misplaced_m: Positive = 0.1  # from where the other successes let go, where these agree
+    # of 7 others that grasped what looks most alike: so many of one other instruction (0: not looked at)
+    neighbours_agree: Annotated[int, Field(ge=0, le=7)] = 6
+
+
 class CurateSettings(Section):
     """Which episodes become training data."""
 
@@ -115,6 +156,7 @@ class CurateSettings(Section):
     cluster_distance: Positive = 0.15  # failures closer than this are of one kind; as duplicate_distance
     costs: dict[str, Positive] = {"stopped": 3.0, "dropped": 2.0, "wrong_object": 2.0}  # of a failure; else 1
     seed: Seed = 0  # of the random choice
+    checks: CheckSettings = CheckSettings()
 
     @model_validator(mode="after")
     def _costs_are_of_failures(self) -> Self:
@@ -148,14 +190,28 @@ class TrainSettings(Section):
     seed: Seed = 0
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch
     threads: Annotated[int, Field(ge=1, le=256)] = 2  # of all processes together
-    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights; 16 is usual, adapters are merged
+    # New frames in which a person acted count so often; 1 as often as any other.
+    intervention_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 200  # what a killed run goes on from; 0: none
 
 
 class ExportSettings(Section):
     """From checkpoint to bundle."""
 
     num_steps: Count = 4  # denoising steps
-    parity_atol: Positive = 1e-3  # largest error against PyTorch, normalised actions
+    # Against PyTorch, both: largest error of a normalised action; error of a chunk over its size (rms).
+    parity_atol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_rtol: Annotated[float, Field(gt=0, le=0.01)] = 1e-3
+    parity_observations: Count = 8  # recorded ones where a dataset is given
+    precision: Literal["float32", "float16", "int8"] = "float32"  # of the weights
+    # A smaller precision is refused beyond these, or if in the twin more success may be lost.
+    reduced_atol: Annotated[float, Field(gt=0, le=2.0)] = 0.5
+    reduced_rtol: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    closed_loop_shift: str = "lab"
+    closed_loop_pairs: Annotated[int, Field(ge=0)] = 120  # 0: not measured
+    closed_loop_seed: Seed = 0
+    max_success_drop: Annotated[float, Field(gt=0, le=0.2)] = 0.05  # the interval must lie above it
 
 
 class GateSettings(Section):

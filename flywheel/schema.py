@@ -257,6 +257,9 @@ class Bundle(Strict):
     tokens: int  # length of the token input
     num_steps: int  # denoising steps
     limits_sha256: str  # the safety limits it was trained under ("" if unknown)
+    opset: Annotated[int, Field(ge=0)] = 0  # of ONNX, that policy.onnx is written in; 0: not said
+    # Versions of ONNX Runtime that run it, such as ">=1.18,<2.0"; "": not said
+    onnxruntime: Annotated[str, Field(pattern=r"^(>=\d+\.\d+,<\d+\.\d+)?$")] = ""
     provenance: dict[str, Any] = {}
 
 

@@ -28,6 +28,9 @@ TICKS = round(CONTROL_HZ * POLICY_NS / 1e9)
 HOME = np.array([0.42, -0.02, 0.30])
 BIN = np.array([0.15, 0.42, 0.16])
 UP = np.array([0.0, 0.0, 0.12])
+TURNS = np.array(
+    [[1.5, 0.5, 0.8, -1.0, 0.2], [0.4, 1.6, -0.9, 0.3, 1.0], [-0.6, 0.7, 1.4, 1.1, -0.5]]
+)  # rad/m
 
 Array = NDArray[Any]
 Leg = tuple[Array, float, int]  # where to, suction, frames
@@ -139,7 +142,7 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
     for name in ("state", "action", "chunk"):
         columns[name] = vectors(np.asarray(columns[name]))
     frames = pa.table(columns, schema=schema.frames_schema(CAMERAS, STATE, CHUNK, ACTION))
-    control = _control(kind, n, switch if operator else n, held_by_tick, suction)
+    control = _control(kind, n, switch if operator else n, held_by_tick, suction, tips)
     failed = min(switch, n - 1) * POLICY_NS
     triggers = [Trigger(kind=trigger, t_ns=failed)]
     if operator:
@@ -199,10 +202,14 @@ def _held(tips: Array, suction: Array, s: Scene) -> tuple[Array, Array]:
     return np.repeat(held, TICKS), held
 
 
-def _control(kind: str, n: int, switch: int, held: Array, suction: Array) -> pa.Table:
+def _control(kind: str, n: int, switch: int, held: Array, suction: Array, tips: Array) -> pa.Table:
     rows = n * TICKS
     ticks = np.arange(rows)
-    q = np.tile(np.linspace(0, 1, rows)[:, None], (1, JOINTS))
+    # Joints that move when the tool does, at speeds that are the derivative of where they are.
+    cartesian = np.column_stack([np.interp(ticks / TICKS, np.arange(n), x[:n]) for x in tips.T])
+    q = cartesian @ TURNS
+    noise = np.random.default_rng(rows).normal(0, 1e-3, q.shape)
+    dq = np.gradient(q, 1 / CONTROL_HZ, axis=0) + noise
     q_ref, mode, limits = q + 1e-3, np.zeros(rows, np.uint8), np.zeros(rows, np.uint32)
     late = slice(round(0.7 * switch * TICKS), switch * TICKS)
     if kind == "tracking":
@@ -216,7 +223,7 @@ def _control(kind: str, n: int, switch: int, held: Array, suction: Array) -> pa.
         "compute_ns": np.zeros(rows, np.int64),
         "mode": mode,
         "q": vectors(q),
-        "dq": vectors(np.zeros_like(q)),
+        "dq": vectors(dq),
         "q_ref": vectors(q_ref),
         "tau": vectors(np.zeros_like(q)),
         "tool_cmd": np.repeat(suction, TICKS)[:rows].astype(np.float32),
@@ -230,10 +237,13 @@ def _control(kind: str, n: int, switch: int, held: Array, suction: Array) -> pa.
 
 def _wrist(tip: Array, s: Scene, side: int) -> bytes:
     """A table with two boxes, as seen from above the tool."""
-    image = np.full((side, side, 3), 150 * s.shade, np.uint8)
-    scale = 0.35 * side / max(tip[2], 0.08)
+    scale = 0.35 * side / (tip[2] + 0.06)
+    place = tip[:2, None] + (np.arange(side) - side / 2) / scale  # of columns and rows on the table, m
+    stripes = np.sin(30 * place[0])[None, :] * np.sin(30 * place[1])[:, None]
+    image = np.repeat(((140 + 25 * stripes) * s.shade)[:, :, None], 3, axis=2)
     for box, colour in ((s.other, (40, 90, 200)), (s.target, (200, 40, 40))):
         u, v = (side / 2 + (box[:2] - tip[:2]) * scale).round().astype(int)
         r = max(2, round(0.02 * scale))
         image[max(0, v - r) : max(0, v + r), max(0, u - r) : max(0, u + r)] = np.array(colour) * s.shade
-    return bytes(simplejpeg.encode_jpeg(image, quality=90))
+    grain = np.random.default_rng(np.abs(tip * 1e9).astype(np.int64)).normal(0, 4, image.shape)
+    return bytes(simplejpeg.encode_jpeg(np.clip(image + grain, 0, 255).astype(np.uint8), quality=90))

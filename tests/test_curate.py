@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from flywheel.config import CurateSettings
 from flywheel.curate import SELECTION, SELECTION_SCHEMA, curate
-from flywheel.curate.examine import Candidate, examine, stretches, thumbnail
+from flywheel.curate.examine import Candidate, examine, stretches
+from flywheel.curate.pictures import grey, thumbnails
 from flywheel.curate.select import distance, select
 from flywheel.episode import read
 from flywheel.errors import StageError
@@ -277,8 +278,8 @@ def test_order_of_the_input_does_not_matter(pool: list[Candidate], order: list[i
 
 @given(st.integers(8, 40), st.integers(8, 40))
 def test_thumbnail_is_the_mean_brightness_of_any_image(height: int, width: int) -> None:
-    small = thumbnail(np.full((height, width, 3), 51, np.uint8))
-    assert small.shape == (8, 8)
+    small = thumbnails(grey(np.full((2, height, width, 3), 51, np.uint8)))
+    assert small.shape == (2, 8, 8)
     assert np.allclose(small, 0.2)
 
 

@@ -123,6 +123,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
     name: Annotated[str, typer.Option(help="Name of the policy.")] = "pick-and-place",
     limits: Annotated[Path | None, typer.Option(help="Limits file that it was trained under.")] = None,
+    observations: Annotated[
+        Path | None, typer.Option(help="LeRobotDataset v3 to compare on; default noise.")
+    ] = None,
     metrics: Annotated[Path | None, typer.Option(help="JSON of figures.")] = None,
     params: Params = PARAMS,
     json: Json = False,
@@ -134,7 +137,14 @@ def export(
     from flywheel.schema import sha256_file
 
     settings = Settings.load(params).export
-    result = run(checkpoint, out, settings, name=name, limits_sha256=sha256_file(limits or LIMITS_FILE))
+    result = run(
+        checkpoint,
+        out,
+        settings,
+        name=name,
+        limits_sha256=sha256_file(limits or LIMITS_FILE),
+        observations=observations,
+    )
     if metrics:
         metrics.parent.mkdir(parents=True, exist_ok=True)
         write_metrics(result, metrics)

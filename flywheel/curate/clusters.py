@@ -20,7 +20,8 @@ from pydantic import Field, ValidationError
 
 from flywheel.curate.distances import Scale, between, draw
 from flywheel.curate.embed import Encoder
-from flywheel.curate.examine import DESCRIPTOR_IMAGES, Candidate, pictures, thumbnail
+from flywheel.curate.examine import DESCRIPTOR_IMAGES, Candidate, pictures
+from flywheel.curate.pictures import grey, thumbnails
 from flywheel.errors import BundleError, StageError
 from flywheel.schema import Strict
 
@@ -177,7 +178,7 @@ def _look_again(
                 features = encoder.features(shown, states, e.task).astype(np.float64)
         except (KeyError, IndexError, ValueError, BundleError):
             continue
-        look = np.stack([thumbnail(i) for i in next(iter(shown.values()))[-DESCRIPTOR_IMAGES:]])
+        look = thumbnails(grey(next(iter(shown.values()))[-DESCRIPTOR_IMAGES:]))
         if path.shape == like.path.shape and look.shape == like.look.shape:
             found.append(_Seen(e.name, path, look, features))
     return found

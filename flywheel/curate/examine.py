@@ -15,18 +15,16 @@ from numpy.typing import NDArray
 
 from flywheel import episode
 from flywheel.config import CurateSettings
+from flywheel.curate.checks import Found, Signals, check_signals
+from flywheel.curate.pictures import check_pictures, check_stuck, decoded, decoded_grey, thumbnails
+from flywheel.curate.repeats import Fingerprint
 from flywheel.dataset.yardstick import stretch_sha256
+from flywheel.episode import Episode
 from flywheel.errors import EpisodeError
-from flywheel.schema import CONTROL_FILE, FRAMES_FILE, NO_FAULT, Manifest, Outcome, TriggerKind, sha256_bytes
+from flywheel.schema import FRAMES_FILE, NO_FAULT, Manifest, Outcome, TriggerKind, sha256_bytes
 
-MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
-MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
-MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
 DESCRIPTOR_STEPS = 16
 DESCRIPTOR_IMAGES = 3
-THUMBNAIL_PX = 8
-
-SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
 
 Vector = NDArray[np.float64]
 
@@ -42,6 +40,7 @@ class Candidate:
     tier: int = 0  # corrections before successes
     path: Vector = field(default_factory=lambda: np.empty(0))  # state along the usable rows
     look: Vector = field(default_factory=lambda: np.empty(0))  # thumbnails along the usable rows
+    mark: Fingerprint | None = None  # what it is known by among all the others
     shape: tuple[Any, ...] = ()
     content_sha256: str = ""
     phase: str = ""  # where in the task it failed: approach, grasp, carry or place
@@ -91,37 +90,43 @@ class Candidate:
 def examine(directory: Path, settings: CurateSettings) -> Candidate:
     """Read one episode and say what of it could be used. Never raises for what the directory holds."""
     c = Candidate(directory)
-    problems = episode.verify(directory)
+    problems, found = episode.inspect(directory)
     fatal = [p for p in problems if p.fatal]
     try:
-        c.manifest = episode.read_manifest(directory)
+        c.manifest = found.manifest if found else episode.read_manifest(directory)
         listed = "".join(f"{f.name} {f.sha256}\n" for f in c.manifest.files)
         c.content_sha256 = "" if fatal else sha256_bytes(listed.encode())
     except EpisodeError:
         pass  # verify has said so
-    if fatal or c.manifest is None:
+    if found is None or c.manifest is None:
         why = "; ".join(str(p) for p in fatal[:5])
         c.decide(False, f"quarantine:{fatal[0].reason.value if fatal else 'bad_manifest'}", why)
         return c
     try:
-        _examine_frames(c, c.manifest, settings)
+        _examine(c, found, settings)
     except (EpisodeError, pa.ArrowException, OSError, ValueError) as e:
         c.decide(False, "quarantine:image", f"{FRAMES_FILE}: {e}")
     return c
 
 
-def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None:
+def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
+    m, table = e.manifest, e.frames
+    c.frames = table.num_rows
+    s = Signals.of(e)
+    faults = check_signals(e, s, settings.checks)
+    for camera in settings.cameras:
+        if camera in m.cameras and not faults:
+            faults += check_stuck(table, camera, s.frame_q, settings.checks)
+    if _quarantined(c, faults):
+        return
     if missing := [x for x in settings.cameras if x not in m.cameras]:
         c.decide(False, "no_camera", f"has cameras {m.cameras}, the policy needs {missing[0]!r}")
         return
-    table = read_frames(c.directory, m, settings.cameras)
-    c.frames = table.num_rows
     reason, why, tier = _usable(m, settings)
     if reason:
         c.decide(False, reason, why)
         return
-    mine = episode.as_array(table, "intervention").astype(bool) == (tier == 0)
-    found = stretches(table, mine, m.policy_hz)
+    found = stretches(table, s.operator == (tier == 0), m.policy_hz)
     c.tier = tier
     c.stretches = tuple((a, b) for a, b in found if b - a >= settings.min_frames)
     if not c.stretches:
@@ -131,24 +136,36 @@ def _examine_frames(c: Candidate, m: Manifest, settings: CurateSettings) -> None
         )
         return
     rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
-    images = {x: decoded(table, x, rows) for x in settings.cameras}
-    state = episode.as_array(table, "state").astype(np.float64)
-    c.path = _resampled(state[rows], DESCRIPTOR_STEPS)
-    c.look = np.stack([thumbnail(i) for i in _resampled(images[settings.cameras[0]], DESCRIPTOR_IMAGES)])
-    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(a.shape[1:] for a in images.values()))
-    action = episode.as_array(table, "action")
-    c.stretch_sha256 = tuple(stretch_sha256(state[a:b], action[a:b]) for a, b in c.stretches)
-    failed = _failed_ns(table, m)
-    c.phase = _phase(c.directory, m, failed)
-    t = episode.as_array(table, "t_ns")
-    first = np.array([max(0, int(np.searchsorted(t, failed, side="right")) - 1)])
-    at = np.concatenate([first, _resampled(rows, DESCRIPTOR_IMAGES)])
-    c.view_states = state[at].astype(np.float32)
+    seen = {x: decoded_grey(table, x, rows) for x in settings.cameras}
+    motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
+    small = {x: thumbnails(images) for x, (images, _) in seen.items()}
+    faults = [
+        f for x, (i, _) in seen.items() for f in check_pictures(i, small[x], x, motion, settings.checks)
+    ]
+    if _quarantined(c, faults):
+        return
+    c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
+    first = settings.cameras[0]
+    c.look = _resampled(small[first], DESCRIPTOR_IMAGES)
+    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(shape for _, shape in seen.values()))
+    c.mark = Fingerprint.of(s, rows, lambda some: decoded(table, first, some), small[first], settings.checks)
+    c.stretch_sha256 = tuple(stretch_sha256(s.state[a:b], s.action[a:b]) for a, b in c.stretches)
+    failed = _failed_ns(s)
+    c.phase = _phase(s, failed)
+    at_failure = np.array([max(0, int(np.searchsorted(s.frame_ns, failed, side="right")) - 1)])
+    at = np.concatenate([at_failure, _resampled(rows, DESCRIPTOR_IMAGES)])
+    c.view_states = s.state[at].astype(np.float32)
     for x in settings.cameras:
-        c.view_shapes[x] = decoded(table, x, first).shape[1:]
-        if c.view_shapes[x] != images[x].shape[1:]:
-            raise EpisodeError(f"image.{x} in row {first[0]}: is {c.view_shapes[x]}, unlike the others")
+        c.view_shapes[x] = decoded(table, x, at_failure).shape[1:]
+        if c.view_shapes[x] != seen[x][1]:
+            raise EpisodeError(f"image.{x} in row {at_failure[0]}: is {c.view_shapes[x]}, unlike the others")
         c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
+
+
+def _quarantined(c: Candidate, faults: Sequence[Found]) -> bool:
+    if faults:
+        c.decide(False, f"quarantine:{faults[0].fault.value}", "; ".join(str(f) for f in faults[:5]))
+    return bool(faults)
 
 
 def _usable(m: Manifest, settings: CurateSettings) -> tuple[str, str, int]:
@@ -178,63 +195,33 @@ def stretches(frames: pa.Table, mine: NDArray[np.bool_], rate_hz: float) -> list
 
 def read_frames(directory: Path, m: Manifest, cameras: Sequence[str]) -> pa.Table:
     """The needed columns of ``frames.parquet``, from bytes whose hash is the manifest's."""
-    columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
-    return _read(directory, m, FRAMES_FILE, columns)
-
-
-def _read(directory: Path, m: Manifest, name: str, columns: list[str]) -> pa.Table:
-    entry = next(f for f in m.files if f.name == name)
-    data = (directory / name).read_bytes()
+    entry = next(f for f in m.files if f.name == FRAMES_FILE)
+    data = (directory / FRAMES_FILE).read_bytes()
     if sha256_bytes(data) != entry.sha256:
-        raise EpisodeError(f"{directory / name}: changed while it was read; pull the episode again")
+        raise EpisodeError(f"{directory / FRAMES_FILE}: changed while it was read; pull the episode again")
+    columns = ["t_ns", "state", "instruction", "action", "intervention", *(f"image.{c}" for c in cameras)]
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
-def _failed_ns(frames: pa.Table, m: Manifest) -> int:
+def _failed_ns(s: Signals) -> int:
     """The first fault, or where the operator took over, or the end: whichever came first."""
-    t, operator = episode.as_array(frames, "t_ns"), episode.as_array(frames, "intervention").astype(bool)
-    handover = int(t[np.argmax(operator)]) if operator.any() else m.window_ns[1]
+    m = s.manifest
+    handover = int(s.frame_ns[np.argmax(s.operator)]) if s.operator.any() else m.window_ns[1]
     return min(
         [handover, *(x.t_ns for x in m.triggers if x.kind not in NO_FAULT | {TriggerKind.INTERVENTION})]
     )
 
 
-def _phase(directory: Path, m: Manifest, failed_ns: int) -> str:
+def _phase(s: Signals, failed_ns: int) -> str:
     """Where in the task it failed, by what the cup held and sucked until then."""
-    control = _read(directory, m, CONTROL_FILE, ["t_ns", "held", "tool_cmd"])
-    until = episode.as_array(control, "t_ns") <= failed_ns
-    held = episode.as_array(control, "held").astype(bool)[until]
-    suction = (episode.as_array(control, "tool_cmd") > 0.5)[until]
+    until = s.t_ns <= failed_ns
+    held, suction = s.held[until], s.tool[until] > 0.5
     lost = held[:-1] & ~held[1:] & suction[1:]  # the vacuum broke although suction was commanded
     if held[-1:].any() or lost.any():
         return "carry"
     if held.any():
         return "place"
     return "grasp" if suction.any() else "approach"
-
-
-def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
-    import simplejpeg
-
-    column = frames.column(f"image.{camera}")
-    images: list[NDArray[np.uint8]] = []
-    for row in rows.tolist():
-        data = column[row].as_py()
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            if not 0 < max(height, width) <= MAX_SIDE_PX:
-                raise ValueError(f"claims {height}×{width} px")
-            if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
-                raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
-            if data.count(SCAN) > MAX_SCANS:
-                raise ValueError(f"is drawn in {data.count(SCAN)} scans")
-            if images and (height, width) != images[0].shape[:2]:
-                raise ValueError(f"is {height}×{width} px, unlike the first one")
-            images.append(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-        except ValueError as e:
-            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
-    return np.stack(images)
 
 
 def pictures(views: Mapping[str, Sequence[bytes]]) -> dict[str, NDArray[np.uint8]]:
@@ -245,13 +232,6 @@ def pictures(views: Mapping[str, Sequence[bytes]]) -> dict[str, NDArray[np.uint8
         camera: np.stack([simplejpeg.decode_jpeg(data, colorspace="RGB") for data in found])
         for camera, found in views.items()
     }
-
-
-def thumbnail(image: NDArray[Any]) -> Vector:
-    """Grey ``[8, 8]`` in 0..1 of an image ``[H, W, 3]`` by averaging blocks."""
-    grey = np.asarray(image, dtype=np.float64).mean(axis=2) / 255.0
-    rows = np.array_split(grey, THUMBNAIL_PX, axis=0)
-    return np.array([[b.mean() for b in np.array_split(r, THUMBNAIL_PX, axis=1)] for r in rows])
 
 
 def _resampled(values: NDArray[Any], steps: int) -> NDArray[Any]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,9 +18,10 @@ from flywheel import episode
 from flywheel.config import CurateSettings
 from flywheel.curate.clusters import CLUSTERS, Examples
 from flywheel.curate.embed import Encoder, NoEncoder
-from flywheel.curate.examine import Candidate, decoded, examine, read_frames
+from flywheel.curate.examine import Candidate, examine, read_frames
+from flywheel.curate.repeats import check_together
 from flywheel.curate.select import Selected, identity, select
-from flywheel.dataset import Clip, dataset_digest, write_dataset
+from flywheel.dataset import Clip, Jpegs, dataset_digest, write_dataset
 from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick, read_sources
 from flywheel.errors import EpisodeError, StageError
 from flywheel.schema import Strict, sha256_file
@@ -131,6 +131,7 @@ def curate(
     for i, directory in enumerate(directories):
         candidates.append(examine(directory, settings))
         tell("examine", i + 1, len(directories))
+    check_together(candidates, settings.checks)
     names = {name for k in kept for name in (k.episode_id, k.content_sha256)}
     selected = select(candidates, settings, encoder, rule, earlier, why, names)
     taken = sorted((c for c in candidates if c.taken), key=lambda c: c.episode_id)
@@ -200,7 +201,10 @@ def _clips(
             part = table.slice(a, b - a)
             yield Clip(
                 task=part.column("instruction")[0].as_py(),
-                images={x: decoded(part, x, np.arange(b - a)) for x in settings.cameras},
+                images={
+                    x: Jpegs(part.column(f"image.{x}").to_pylist(), (b - a, *c.view_shapes[x]))
+                    for x in settings.cameras
+                },
                 state=episode.as_array(part, "state"),
                 action=episode.as_array(part, "action"),
                 capture_time_ns=episode.as_array(part, "t_ns") + c.manifest.clock_epoch_ns,

@@ -8,12 +8,13 @@ functions only.
 
 from flywheel.dataset.cached import CachedDataset, Stats, mixture
 from flywheel.dataset.frames import Frames, dataset_digest, load_frames
-from flywheel.dataset.writing import Clip, write_dataset
+from flywheel.dataset.writing import Clip, Jpegs, write_dataset
 
 __all__ = [
     "CachedDataset",
     "Clip",
     "Frames",
+    "Jpegs",
     "Stats",
     "dataset_digest",
     "load_frames",

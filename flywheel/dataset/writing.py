@@ -3,15 +3,18 @@
 The metadata is written by lerobot's own classes and the statistics by its own functions. The rows are not:
 its writer sends each frame through a file and each episode through ``datasets.map``, which costs 0.2 s an
 episode and stamps a random fingerprint into the schema. Rows written here have the same values and the same
-PNG bytes (a test compares the two), and the same clips always give the same bytes.
+PNG bytes (a test compares the two), and the same clips always give the same bytes. Pictures that come as JPEG
+are stored as they are: every reader decodes them to the pixels that a PNG made of them would hold.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,27 @@ INTERVENTION = "intervention"
 
 
 @dataclass(frozen=True)
+class Jpegs:
+    """Pictures as the robot recorded them. ``shape`` ``(N, H, W, 3)``: the caller has made sure of it."""
+
+    data: Sequence[bytes]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        import simplejpeg
+
+        return np.stack([simplejpeg.decode_jpeg(self.data[i], colorspace="RGB") for i in rows])
+
+
+@dataclass(frozen=True)
 class Clip:
     """One episode of a dataset: ``N`` frames, 1/fps apart, under one instruction."""
 
     task: str
-    images: Mapping[str, NDArray[np.uint8]]  # by camera, [N, H, W, 3]
+    images: Mapping[str, NDArray[np.uint8] | Jpegs]  # by camera, [N, H, W, 3]
     state: NDArray[np.float32]  # [N, S]
     action: NDArray[np.float32]  # [N, A]
     capture_time_ns: NDArray[np.int64]  # [N]
@@ -128,7 +147,7 @@ def _check(clip: Clip, first: Clip, index: int) -> None:
         raise StageError(
             f"episode {index}: shapes {shape(clip)} differ from those of episode 0, {shape(first)}"
         )
-    arrays: tuple[NDArray[Any], ...] = (
+    arrays: tuple[NDArray[Any] | Jpegs, ...] = (
         *clip.images.values(),
         clip.action,
         clip.capture_time_ns,
@@ -152,7 +171,7 @@ class _Rows:
         marks = {"huggingface": json.dumps({"info": {"features": declared.to_dict()}})}
         self._schema: pa.Schema = declared.arrow_schema.with_metadata(marks)
         self._file: pq.ParquetWriter | None = None
-        self._chunk = self._index = self._file_start = 0
+        self._chunk = self._index = 0
 
     def add(self, clip: Clip) -> None:
         from lerobot.datasets.utils import update_chunk_file_indices
@@ -172,7 +191,7 @@ class _Rows:
             "task_index": np.full(n, meta.get_task_index(clip.task)),
         }
         arrays = [
-            _pngs(clip.images[name.removeprefix(IMAGE_PREFIX)])
+            _pictures(clip.images[name.removeprefix(IMAGE_PREFIX)])
             if name.startswith(IMAGE_PREFIX)
             else _arrow(columns[name], self._schema.field(name).type)
             for name in self._schema.names
@@ -187,11 +206,32 @@ class _Rows:
         self._file.write_table(pa.table(arrays, schema=self._schema))
         place = {"data/chunk_index": self._chunk, "data/file_index": self._index}
         span = {"dataset_from_index": start, "dataset_to_index": start + n}
-        meta.save_episode(episode, n, [clip.task], _stats(clip, columns), {**place, **span})
+        self._remember(episode, n, clip.task, _stats(clip, columns), {**place, **span})
+
+    def _remember(
+        self, episode: int, length: int, task: str, stats: dict[str, dict[str, Any]], place: dict[str, int]
+    ) -> None:
+        """lerobot's ``save_episode`` of the metadata, but for the two documents that it writes anew for every
+        episode: nobody sees this dataset before it is whole."""
+        from lerobot.datasets.compute_stats import aggregate_stats
+        from lerobot.utils.utils import flatten_dict
+
+        meta = self._meta
+        row = {"episode_index": episode, "tasks": [task], "length": length, **place}
+        meta._save_episode_metadata({**row, **flatten_dict({"stats": stats})})
+        meta.info.total_episodes += 1
+        meta.info.total_frames += length
+        meta.info.total_tasks = len(meta.tasks)
+        meta.info.splits = {"train": f"0:{meta.info.total_episodes}"}
+        meta.stats = stats if meta.stats is None else aggregate_stats([meta.stats, stats])
 
     def close(self) -> None:
+        from lerobot.datasets.io_utils import write_info, write_stats
+
         if self._file is not None:
             self._file.close()
+        write_info(self._meta.info, self._root)
+        write_stats(self._meta.stats, self._root)
         self._meta.finalize()
         # lerobot orders the statistics by the hash of their names, which differs from run to run.
         path = self._root / "meta" / "stats.json"
@@ -210,17 +250,24 @@ def _arrow(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values.astype(kind.to_pandas_dtype()), type=kind)
 
 
-def _pngs(images: NDArray[np.uint8]) -> pa.Array:
-    """Lossless PNGs with the file names that lerobot's writer would have recorded."""
+def _pictures(images: NDArray[np.uint8] | Jpegs) -> pa.Array:
+    """JPEGs as they are, else lossless PNGs, with the file names that lerobot's writer would record."""
+    if isinstance(images, Jpegs):
+        kind, encoded = "jpg", list(images.data)
+    else:
+        kind = "png"
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "png") as pool:  # zlib lets go of the lock
+            encoded = list(pool.map(_png, images))
+    names = [f"frame-{i:06d}.{kind}" for i in range(len(encoded))]
+    return pa.StructArray.from_arrays([pa.array(encoded, pa.binary()), pa.array(names)], ["bytes", "path"])
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
-    encoded = []
-    for image in images:
-        out = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image)).save(out, format="PNG", compress_level=PNG_LEVEL)
-        encoded.append(out.getvalue())
-    names = [f"frame-{i:06d}.png" for i in range(len(encoded))]
-    return pa.StructArray.from_arrays([pa.array(encoded, pa.binary()), pa.array(names)], ["bytes", "path"])
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(out, format="PNG", compress_level=PNG_LEVEL)
+    return out.getvalue()
 
 
 def _stats(clip: Clip, columns: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, NDArray[Any]]]:

@@ -122,6 +122,11 @@ class Policy:
         """
         directory = Path(directory)
         data, digest, bundle, tokenizer = read_bundle(directory)
+        if not runs_on(bundle.onnxruntime, onnxruntime.__version__):
+            raise BundleError(
+                f"{directory / 'policy.json'}: onnxruntime = {bundle.onnxruntime!r}, here is "
+                f"{onnxruntime.__version__}: install one in that range, or export the policy for this one"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -201,6 +206,18 @@ class Policy:
         images: dict[str, Image] = {c: np.zeros((*b.image_hw, 3), np.uint8) for c in b.cameras}
         for _ in range(2):
             self.infer(images, np.zeros(len(b.state_names), np.float32), "warm up")
+
+
+def runs_on(range_: str, version: str) -> bool:
+    """Whether a version of ONNX Runtime lies in a bundle's ``onnxruntime`` ("" holds all)."""
+    if not range_:
+        return True
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in text.split(".")[:2])
+
+    low, high = (numbers(part.lstrip("<>=")) for part in range_.split(","))
+    return low <= numbers(version) < high
 
 
 def check_actions(actions: FloatArray, bundle: Bundle, limits: SafetyLimits) -> str | None:

@@ -5,7 +5,7 @@ the directory is renamed into place, so that whatever a crash leaves behind is e
 something that no reader takes for one. Once sealed it is never edited.
 """
 
-from flywheel.episode.checks import Problem, Reason, verify
+from flywheel.episode.checks import Problem, Reason, inspect, verify
 from flywheel.episode.mending import Repaired, repair
 from flywheel.episode.plot import show
 from flywheel.episode.sealing import (
@@ -38,6 +38,7 @@ __all__ = [
     "commit",
     "count_gaps",
     "fsync_directory",
+    "inspect",
     "ls",
     "new_episode_id",
     "parse_manifest",

@@ -8,6 +8,7 @@ bytes become many.
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,9 +46,12 @@ def no_plain_file(path: Path) -> str | None:
     return f"is {next((k for k, test in kinds.items() if test(mode)), 'a device')}, not a file of the episode"
 
 
-def open_parquet(f: BinaryIO) -> pq.ParquetFile:
-    """A Parquet file of unknown origin."""
-    return pq.ParquetFile(f, page_checksum_verification=True, **_THRIFT)
+def open_parquet(f: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """A Parquet file of unknown origin; ``texts``: its columns of text, for ``read_bounded``.
+
+    Raises ``KeyError`` where it has no such column.
+    """
+    return pq.ParquetFile(f, page_checksum_verification=True, read_dictionary=list(texts) or None, **_THRIFT)
 
 
 def too_large(entry: FileEntry, manifest: Manifest) -> str | None:
@@ -62,13 +66,15 @@ def too_large(entry: FileEntry, manifest: Manifest) -> str | None:
     return f"{entry.rows} rows, at most {most:.0f} fit its window" if entry.rows > most else None
 
 
-def inflates(f: BinaryIO, file: pq.ParquetFile, entry: FileEntry) -> str | None:
-    """Why a file could take far more memory than its bytes and rows let expect; None if it cannot."""
+def inflates(file: pq.ParquetFile, entry: FileEntry) -> str | None:
+    """Why a file could take far more memory than its bytes and rows let expect; None if it cannot.
+
+    Of texts only ``read_bounded`` can tell.
+    """
     meta = file.metadata
     if meta.num_row_groups > ROW_GROUPS_MAX:
         return f"{meta.num_row_groups} row groups, at most {ROW_GROUPS_MAX}"
-    texts = []
-    for i, field in enumerate(file.schema_arrow):
+    for i, field in enumerate(file.schema.to_arrow_schema()):
         text, picture = pa.types.is_string(field.type), pa.types.is_binary(field.type)
         allowed = _TEXT if text else _PLAIN if picture else _FLAT
         for g in range(meta.num_row_groups):
@@ -83,26 +89,31 @@ def inflates(f: BinaryIO, file: pq.ParquetFile, entry: FileEntry) -> str | None:
                 return f"column {field.name} says that it inflates to {column.total_uncompressed_size} bytes"
             if picture and column.compression != "UNCOMPRESSED":
                 return f"column {field.name}: pictures are not compressed again"
-        if text:
-            texts.append(field.name)
-    return _long_texts(f, texts)
+    return None
 
 
-def _long_texts(f: BinaryIO, names: list[str]) -> str | None:
-    """Texts as dictionaries, so that a long one that repeats is held once while we look at it."""
-    total = 0
-    reader = pq.ParquetFile(f, page_checksum_verification=True, read_dictionary=names, **_THRIFT)
-    for batch in reader.iter_batches(batch_size=4096, columns=names):
+def read_bounded(file: pq.ParquetFile, texts: Sequence[str]) -> pa.Table | str:
+    """The table, or why its texts are too much. The file was opened with these ``texts``: they are read as
+    dictionaries, so that a long one that repeats is held once while we look at it."""
+    names = file.schema.to_arrow_schema().names
+    parts, total = [], 0
+    for batch in file.iter_batches(batch_size=4096, columns=texts, use_threads=False) if texts else ():
         for column in batch.columns:
             if pa.types.is_dictionary(column.type):
-                lengths = pc.binary_length(column.dictionary)
-                longest = pc.max(lengths).as_py() or 0
+                longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
                 total += longest * len(column)
             else:
                 total += column.nbytes
         if total > TEXT_BYTES_MAX:
             return f"texts of more than {TEXT_BYTES_MAX} bytes"
-    return None
+        parts.append(pa.table([c.cast(pa.string()) for c in batch.columns], batch.schema.names))
+    table = file.read([n for n in names if n not in texts], use_threads=False)
+    found = {n: table.column(n) for n in table.schema.names}
+    if texts:
+        none = pa.table({n: pa.array([], pa.string()) for n in texts})
+        words = pa.concat_tables(parts) if parts else none
+        found |= {n: words.column(n) for n in texts}
+    return pa.table([found[n] for n in names], schema=file.schema.to_arrow_schema())
 
 
 def _width(kind: pa.DataType) -> int:

@@ -10,8 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel import schema
-from flywheel.episode.bounds import FILE_BYTES_MAX, inflates, no_plain_file, open_parquet, too_large
+from flywheel.episode.bounds import (
+    FILE_BYTES_MAX,
+    inflates,
+    no_plain_file,
+    open_parquet,
+    read_bounded,
+    too_large,
+)
 from flywheel.episode.sealing import (
+    Episode,
     UnknownVersion,
     as_array,
     bad_images,
@@ -27,6 +35,17 @@ from flywheel.schema import FileEntry, Manifest
 _FINITE = {
     schema.CONTROL_FILE: ("q", "dq", "q_ref", "tau", "tool_cmd"),
     schema.FRAMES_FILE: ("state", "action", "chunk"),
+}
+
+
+# The columns of text of each file.
+_TEXTS = {
+    name: [f.name for f in kind if pa.types.is_string(f.type)]
+    for name, kind in (
+        (schema.CONTROL_FILE, schema.control_schema(1)),
+        (schema.FRAMES_FILE, schema.frames_schema((), 1, 1, 1)),
+        (schema.EVENTS_FILE, schema.EVENTS_SCHEMA),
+    )
 }
 
 
@@ -72,33 +91,44 @@ def verify(directory: Path) -> list[Problem]:
 
     Bad input never raises: a missing, truncated, corrupt, forged or malformed file is a ``Problem``.
     """
+    return inspect(directory)[0]
+
+
+def inspect(directory: Path) -> tuple[list[Problem], Episode | None]:
+    """``verify``, and the episode that was read for it; None where a problem is fatal."""
     path = directory / schema.MANIFEST_FILE
     if directory.is_symlink():
-        return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")]
+        return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")], None
     if not path.exists(follow_symlinks=False):
-        return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")]
+        return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")], None
     if (why := no_plain_file(path)) is not None:
-        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)]
+        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)], None
     try:
         manifest = read_manifest(directory)
     except EpisodeError as e:
         reason = Reason.UNKNOWN_VERSION if isinstance(e, UnknownVersion) else Reason.BAD_MANIFEST
-        return [Problem(reason, schema.MANIFEST_FILE, str(e).removeprefix(f"{path}: "))]
+        return [Problem(reason, schema.MANIFEST_FILE, str(e).removeprefix(f"{path}: "))], None
     known = {schema.MANIFEST_FILE, *schema.EPISODE_FILES}
     problems = [
         Problem(Reason.EXTRA_FILE, name, "not part of an episode; remove it")
         for name in sorted(p.name for p in directory.iterdir())
         if name not in known
     ]
+    tables: dict[str, pa.Table] = {}
     for entry in manifest.files:
-        problems += _verify_file(directory / entry.name, entry, manifest)
+        problems += _verify_file(directory / entry.name, entry, manifest, tables)
     if n := manifest.drops:
         text = f"{n} rows were lost while recording"
         problems.append(Problem(Reason.DROPS, schema.MANIFEST_FILE, text, fatal=False))
-    return sorted(problems, key=lambda p: not p.fatal)
+    problems.sort(key=lambda p: not p.fatal)
+    if problems and problems[0].fatal:
+        return problems, None
+    return problems, Episode(manifest, *(tables[n] for n in schema.EPISODE_FILES))
 
 
-def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Problem]:
+def _verify_file(
+    path: Path, entry: FileEntry, manifest: Manifest, tables: dict[str, pa.Table]
+) -> list[Problem]:
     name = entry.name
     try:
         # Before anything is opened: a pipe would wait for ever, a device never end.
@@ -119,21 +149,28 @@ def _verify_file(path: Path, entry: FileEntry, manifest: Manifest) -> list[Probl
         problems.append(Problem(Reason.SHA256, name, text))
     try:
         with path.open("rb") as f:
-            file = open_parquet(f)
+            words = _TEXTS[name]
+            try:
+                file = open_parquet(f, words)
+            except KeyError:  # one is missing, and its absence is told below
+                file = open_parquet(f)
             # The footer first: a forged one must not make us inflate what the manifest does not admit.
             rows = file.metadata.num_rows
             if rows != entry.rows:
                 text = f"{rows} rows, but the manifest says {entry.rows}"
                 return [*problems, Problem(Reason.ROWS, name, text)]
-            check_schema(name, file.schema_arrow, manifest)
-            if (why := inflates(f, file, entry)) is not None:
+            check_schema(name, file.schema.to_arrow_schema(), manifest)
+            if (why := inflates(file, entry)) is not None:
                 return [*problems, Problem(Reason.TOO_LARGE, name, why)]
-            table = file.read()
+            table = read_bounded(file, words)
+            if isinstance(table, str):
+                return [*problems, Problem(Reason.TOO_LARGE, name, table)]
             table.validate(full=True)
     except EpisodeError as e:
         return [*problems, Problem(Reason.SCHEMA, name, str(e).removeprefix(f"{name}: "))]
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         return [*problems, Problem(Reason.CORRUPT, name, f"truncated or corrupt: {first_line(e)}")]
+    tables[name] = table
     return problems + _verify_values(name, table, manifest)
 
 
@@ -144,8 +181,9 @@ def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Probl
             return [Problem(Reason.SCHEMA, name, f"{field} has nulls", field)]
     for column in _FINITE.get(name, ()):
         values = as_array(table, column)
-        bad = ~np.isfinite(values if values.ndim > 1 else values[:, None]).all(axis=1)
-        if bad.any():
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = ~(finite if values.ndim > 1 else finite[:, None]).all(axis=1)
             row = int(np.argmax(bad))
             text = f"{column} is NaN or infinite in {int(bad.sum())} rows, first in row {row}"
             problems.append(Problem(Reason.NOT_FINITE, name, text, column, row))

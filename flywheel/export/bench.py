@@ -46,7 +46,7 @@ def policy(full: bool = False, checkpoint: Path | None = None) -> dict[str, Any]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        peers = _Peers(where)
+        peers = Peers(where)
         before = os.getloadavg()
         worst = max(peers.difference(k) for k in range(8))
         spans: dict[str, list[int]] = {"onnx": [], "lerobot": [], "onnx_network": [], "lerobot_network": []}
@@ -86,18 +86,19 @@ def policy(full: bool = False, checkpoint: Path | None = None) -> dict[str, Any]
     }
 
 
-class _Peers:
+class Peers:
     """The same policy twice."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, bundle: Path | None = None) -> None:
         import torch
 
-        self.policy = Policy.load(where / "bundle", threads=1, seed=SEED)
+        bundle = bundle or where / "bundle"
+        self.policy = Policy.load(bundle, threads=1, seed=SEED)
         b = self.policy.bundle
         made_of = b.provenance.get("checkpoint_sha256")
         if made_of != sha256_file(where / "model.safetensors"):
             raise BundleError(
-                f"{where / 'bundle'}: made of another checkpoint ({made_of}) than "
+                f"{bundle}: made of another checkpoint ({made_of}) than "
                 f"{where / 'model.safetensors'}; export it again"
             )
         self._lerobot: Checkpoint = load(where)
@@ -113,22 +114,25 @@ class _Peers:
         """Time both on one observation, now one first, now the other; ns."""
         seen = self._look()
         batch = self._batch(seen)
-        whole: list[tuple[str, Callable[[], object]]] = [
-            ("onnx", lambda: self._infer(seen)),
-            ("lerobot", lambda: self._predict(seen)),
-        ]
-        network: list[tuple[str, Callable[[], object]]] = [
-            ("onnx_network", lambda: self._infer(seen)),
-            ("lerobot_network", lambda: self._select(batch)),
-        ]
+        network = {"onnx_network": lambda: self._infer(seen), "lerobot_network": lambda: self._select(batch)}
+        return self._timed(self._spans(seen, "onnx", "lerobot"), k) | self._timed(network, k)
+
+    def whole(self, k: int) -> dict[str, int]:
+        """Time ``onnx`` and ``pytorch`` from a camera's image to actions; ns."""
+        return self._timed(self._spans(self._look(), "onnx", "pytorch"), k)
+
+    def _spans(self, seen: Observation, mine: str, theirs: str) -> dict[str, Callable[[], object]]:
+        return {mine: lambda: self._infer(seen), theirs: lambda: self._predict(seen)}
+
+    @staticmethod
+    def _timed(pair: dict[str, Callable[[], object]], k: int) -> dict[str, int]:
         took: dict[str, int] = {}
-        for pair in (whole, network):
-            for name, act in pair if k % 2 else reversed(pair):
-                start = time.perf_counter_ns()
-                done = act()
-                took[name] = time.perf_counter_ns() - start
-                if name == "onnx_network":
-                    took[name] = int(getattr(done, "infer_ns", took[name]))  # the session alone
+        for name, act in pair.items() if k % 2 else reversed(pair.items()):
+            start = time.perf_counter_ns()
+            done = act()
+            took[name] = time.perf_counter_ns() - start
+            if name == "onnx_network":
+                took[name] = int(getattr(done, "infer_ns", took[name]))  # the session alone
         return took
 
     def difference(self, k: int) -> float:

@@ -39,13 +39,18 @@ class Prefix(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        width, height = self.config.resize_imgs_with_padding
-        views = []
+        views, present = [], []
         for i in range(images.shape[1]):
             view = images[:, i].permute(0, 3, 1, 2).to(torch.float32) / 255.0
-            views.append(resize_with_pad(view, height, width, pad_value=0) * 2.0 - 1.0)
+            if self.config.resize_imgs_with_padding is not None:
+                width, height = self.config.resize_imgs_with_padding
+                view = resize_with_pad(view, height, width, pad_value=0)
+            views.append(view * 2.0 - 1.0)
+            present.append(torch.ones(images.shape[0], dtype=torch.bool))
+        for _ in range(self.config.empty_cameras):  # as lerobot fills in for cameras that are not there
+            views.append(torch.full_like(views[0], -1.0))
+            present.append(torch.zeros(images.shape[0], dtype=torch.bool))
         normal = pad_vector((state - self.mean) / (self.std + 1e-8), self.config.max_state_dim)
-        present = [torch.ones(images.shape[0], dtype=torch.bool) for _ in views]
         embedded, padding, attention = self.model.embed_prefix(
             views, present, tokens, token_mask, state=normal
         )
@@ -137,13 +142,13 @@ def exportable(policy: Any) -> Iterator[None]:
         smolvlm_with_expert.apply_rope, vision.forward, modeling_smolvlm.create_bidirectional_mask = saved
 
 
-def trace(
-    policy: Any, module: nn.Module, inputs: tuple[Any, ...], names: list[str], outputs: list[str]
+def exported(
+    module: nn.Module, inputs: tuple[Any, ...], names: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
     """One module as an ONNX model, without duplicate weights and without traces of the source tree."""
     from onnx_ir.passes import common as passes
 
-    with torch.no_grad(), exportable(policy):
+    with torch.no_grad():
         program: Any = torch.onnx.export(
             module.eval(),
             inputs,
@@ -168,9 +173,9 @@ def both(
     seen = (example["images"], example["tokens"], example["token_mask"], example["state"])
     with torch.no_grad(), exportable(policy):
         mask, cache = prefix(*seen)
-    first = trace(
-        policy, prefix, seen, ["images", "tokens", "token_mask", "state"], ["prefix_mask", "kv_cache"]
-    )
+        first = exported(
+            prefix, seen, ["images", "tokens", "token_mask", "state"], ["prefix_mask", "kv_cache"]
+        )
     noise = example["noise"]
     moving = (
         mask,
@@ -182,4 +187,5 @@ def both(
         torch.zeros(noise.shape[1]),
     )
     names = ["prefix_mask", "kv_cache", "x", "t", "dt", "prev", "weights"]
-    return first, trace(policy, step, moving, names, ["x_next"])
+    with exportable(policy):
+        return first, exported(step, moving, names, ["x_next"])

@@ -6,8 +6,6 @@ the loop the actions are unnormalised, and their position part becomes absolute 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -25,7 +23,6 @@ def join(
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
     relative: int,
-    metadata: Mapping[str, str],
 ) -> onnx.ModelProto:
     """One model from two.
 
@@ -37,7 +34,6 @@ def join(
         mean: of the actions, ``[A]``.
         std: of the actions, ``[A]``.
         relative: the first so many action dimensions are relative to the same dimensions of the state.
-        metadata: goes into the model's properties.
     """
     initializers = list(prefix.graph.initializer)
     for tensor in step.graph.initializer:
@@ -116,14 +112,12 @@ def join(
         helper.make_tensor_value_info("actions", TensorProto.FLOAT, [1, chunk, actions]),
         helper.make_tensor_value_info("actions_norm", TensorProto.FLOAT, dims),
     ]
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph(nodes, "policy", inputs, outputs, initializers),
         opset_imports=list(prefix.opset_import),
         ir_version=prefix.ir_version,
         producer_name="flywheel",
     )
-    helper.set_model_props(model, dict(metadata))
-    return model
 
 
 def _inside(name: str) -> str:

@@ -1,0 +1,563 @@
+"""Is a sound recording also a true one? What the signals of one episode say about each other.
+
+``episode.verify`` has read the files and found them whole; here the columns are held against one another
+and against the robot's limits. Each check has a reason code (``Fault``) and a bar in
+``config.CheckSettings``. All of it is array arithmetic over whole columns; the loops are over joints and over
+the few runs that are suspect.
+
+The relations used, and where they come from:
+
+* analytical redundancy: a position is the integral of its velocity (Chow and Willsky 1984, "Analytical
+  redundancy and the design of robust failure detection systems", IEEE TAC 29:603–614), taken over short
+  windows so that noise averages out;
+* a chunk is anchored at the picture that it was made from, and so every anchor in the control table is the
+  time of a frame (``edge.system2``);
+* plausibility of ranges and runs of one value as in the WMO's quality control of observations (WMO-No. 8,
+  Guide to Instruments and Methods of Observation, part V: range, step and persistence tests);
+* an action is the target for the next step, so the step that follows is a first-order response to it: least
+  squares of the step on this and the last command, judged by R².
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from flywheel.config import CheckSettings
+from flywheel.edge.safety import SafetyLimits
+from flywheel.episode import Episode, as_array, count_gaps
+from flywheel.episode.sealing import GAP_PERIODS
+from flywheel.errors import ConfigError
+from flywheel.schema import Limit, Manifest, Mode, Outcome, TriggerKind
+
+Floats = NDArray[np.float64]
+DEGREES = 180.0 / np.pi
+SATURATED_RUN_S = 0.01  # shorter runs of one value are chance
+AXIS_SHARE = 0.05  # of the squared steps: an axis that goes less is not judged for itself
+STEPS_MIN = 8  # of one phase, to say how actions explain states
+
+
+class Fault(StrEnum):
+    """Why an episode is quarantined although its files are whole."""
+
+    GAP = "gap"
+    CLOCK_JUMP = "clock_jump"
+    CHUNK_WITHOUT_FRAME = "chunk_without_frame"
+    UNITS = "units"
+    JOINT_LIMITS = "joint_limits"
+    FROZEN = "frozen"
+    SATURATED = "saturated"
+    DISCONTINUITY = "discontinuity"
+    STATE_JOINTS = "state_joints"
+    ACTION_STATE = "action_state"
+    MIXED_POLICIES = "mixed_policies"
+    OUTCOME = "outcome"
+    INTERVENTION = "intervention"
+    BLACK_IMAGE = "black_image"
+    WHITE_IMAGE = "white_image"
+    BLURRED_IMAGE = "blurred_image"
+    STUCK_IMAGE = "stuck_image"
+    IMAGE_MOTION = "image_motion"
+    REPEATED = "repeated"
+    MISPLACED = "misplaced"
+    OTHER_OBJECT = "other_object"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One fault, with the figures that show it."""
+
+    fault: Fault
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.why} [{self.fault}]"
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The columns of an episode as arrays: ``N`` ticks of ``J`` joints, ``F`` frames."""
+
+    manifest: Manifest
+    t_ns: NDArray[np.int64]  # [N]
+    q: Floats  # [N, J] rad
+    dq: Floats  # [N, J] rad/s
+    q_ref: Floats  # [N, J] rad
+    tau: Floats  # [N, J] N·m
+    mode: NDArray[np.uint8]  # [N]
+    torque_cut: NDArray[np.bool_]  # [N] System 1 says that a torque was brought down to its limit
+    tool: Floats  # [N] command, 0..1
+    held: NDArray[np.bool_]  # [N]
+    anchor_ns: NDArray[np.int64]  # [N] capture time behind the chunk in force, where there is one
+    chunk_id: NDArray[np.int64]  # [N] -1 where there is none
+    frame_ns: NDArray[np.int64]  # [F]
+    tick: NDArray[np.int64]  # [F] the control row of each frame
+    state: Floats  # [F, S]
+    action: Floats  # [F, A]
+    operator: NDArray[np.bool_]  # [F]
+
+    @classmethod
+    def of(cls, e: Episode) -> Signals:
+        """From the tables of a verified episode."""
+        c, f = e.control, e.frames
+        t, frame = as_array(c, "t_ns"), as_array(f, "t_ns")
+
+        def joints(name: str) -> Floats:  # each joint's values side by side, as they are used
+            return np.asarray(as_array(c, name), np.float64, order="F")
+
+        return cls(
+            manifest=e.manifest,
+            t_ns=t,
+            q=joints("q"),
+            dq=joints("dq"),
+            q_ref=joints("q_ref"),
+            tau=joints("tau"),
+            mode=as_array(c, "mode"),
+            torque_cut=(as_array(c, "limits") & Limit.TORQUE.value) > 0,
+            tool=as_array(c, "tool_cmd").astype(np.float64),
+            held=as_array(c, "held") > 0,
+            anchor_ns=t - as_array(c, "chunk_age_ns"),
+            chunk_id=as_array(c, "chunk_id"),
+            frame_ns=frame,
+            tick=np.clip(np.searchsorted(t, frame), 0, max(len(t) - 1, 0)),
+            state=as_array(f, "state").astype(np.float64),
+            action=as_array(f, "action").astype(np.float64),
+            operator=as_array(f, "intervention").astype(bool),
+        )
+
+    @property
+    def frame_q(self) -> Floats:
+        """Joints at each frame ``[F, J]``, rad."""
+        return self.q[self.tick]
+
+    @property
+    def frame_motion(self) -> Floats:
+        """How far the joints went from each frame to the next ``[F-1]``, rad (Euclidean)."""
+        return np.asarray(np.linalg.norm(np.diff(self.frame_q, axis=0), axis=1))
+
+
+def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
+    """Every fault that the tables show, the ones that explain others first."""
+    if len(s.frame_ns) and not len(s.t_ns):
+        return [Found(Fault.GAP, f"control has no rows beside {len(s.frame_ns)} frames")]
+    if len(s.t_ns) < 2 or len(s.frame_ns) < 2:
+        return []  # too short to contradict itself; and too short to be used
+    found = [*_clocks(e, s), *_stuck_signals(s, settings), *_limits(s, settings)]
+    if not found:  # else what follows would only repeat it in other words
+        found += _integral(s, settings)
+    if not found:
+        found += _state_and_joints(s, settings)
+    if not found:
+        found += _actions(s, settings)
+    return [*found, *_policies(e), *_intervention(e, s), *_outcome(e, s, settings)]
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _clocks(e: Episode, s: Signals) -> list[Found]:
+    m = s.manifest
+    found = []
+    for name, t, hz in (("control", s.t_ns, m.control_hz), ("frames", s.frame_ns, m.policy_hz)):
+        ratio = float(np.median(np.diff(t))) * hz / 1e9
+        if not 1 / GAP_PERIODS < ratio < GAP_PERIODS:
+            text = f"{name}: t_ns steps by {ratio:.4g} of a period at {hz:g} Hz; is it in ns?"
+            found.append(Found(Fault.UNITS, text))
+    gaps = count_gaps(e.control, m.control_hz) + count_gaps(e.frames, m.policy_hz)
+    if gaps > m.gaps:
+        found.append(Found(Fault.GAP, f"{gaps} gaps in the tables, the manifest declares {m.gaps}"))
+    if found:
+        return found
+    return _jumps(s) or _anchors(s)
+
+
+def _jumps(s: Signals) -> list[Found]:
+    """Time that passed on the clock alone: across the gap the arm, or the chunk in force, goes on as if
+    nothing had been left out."""
+    period = 1.0 / s.manifest.control_hz
+    dt = np.diff(s.t_ns) / 1e9
+    (gap,) = np.nonzero(dt > GAP_PERIODS * period)
+    if len(gap):
+        moved = s.q[gap + 1] - s.q[gap]
+        speed = (s.dq[gap] + s.dq[gap + 1]) / 2
+        should = np.abs(speed).max(axis=1) * dt[gap]
+        off = np.abs(moved - speed * period).max(axis=1)
+        jumped = (should > 0.05) & (off < 0.2 * should)
+        if jumped.any():
+            k = int(gap[np.argmax(jumped)])
+            text = (
+                f"row {k + 1}: {dt[k]:.3g} s later the arm is where it was going to be after {period:.3g} s"
+            )
+            return [Found(Fault.CLOCK_JUMP, text)]
+    same = (s.chunk_id[1:] == s.chunk_id[:-1]) & (s.chunk_id[1:] >= 0)
+    slipped = same & (np.abs(np.diff(s.anchor_ns)) > 1e9 * period)
+    if slipped.any():
+        k = int(np.argmax(slipped)) + 1
+        by = (s.anchor_ns[k] - s.anchor_ns[k - 1]) / 1e6
+        text = f"row {k}: chunk {s.chunk_id[k]} moved by {by:.1f} ms while it was in force"
+        return [Found(Fault.CLOCK_JUMP, text)]
+    return []
+
+
+def _anchors(s: Signals) -> list[Found]:
+    """Frames against chunks: what System 1 followed was made from a picture, and that picture is a row."""
+    followed = (s.chunk_id >= 0) & (s.mode != Mode.FALLBACK) & (s.anchor_ns >= s.frame_ns[0])
+    anchors = np.unique(s.anchor_ns[followed])
+    at = np.clip(np.searchsorted(s.frame_ns, anchors), 1, len(s.frame_ns) - 1)
+    off = np.minimum(np.abs(anchors - s.frame_ns[at - 1]), np.abs(anchors - s.frame_ns[at]))
+    missing = int(np.count_nonzero(off > 1e9 / s.manifest.control_hz))
+    allowed = s.manifest.gaps + s.manifest.drops + max(1, len(anchors) // 50)
+    if missing <= allowed:
+        return []
+    text = f"{missing} of {len(anchors)} chunks were made from frames that are not there ({allowed} may be)"
+    return [Found(Fault.CHUNK_WITHOUT_FRAME, text)]
+
+
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def runs(flags: NDArray[np.bool_], shortest: int) -> NDArray[np.int64]:
+    """``[R, 3]``: channel, first row and last row of each run of true flags ``[N-1, C]`` between rows.
+
+    A flag says that a row equals the one before it, so a run of k flags is k + 1 rows.
+    """
+    n, channels = flags.shape
+    wide = np.zeros((channels, n + 2), np.int8)
+    wide[:, 1:-1] = flags.T
+    found = np.flatnonzero(np.diff(wide.reshape(-1))).reshape(-1, 2)
+    edges = found[found[:, 1] - found[:, 0] >= shortest]
+    channel, first = np.divmod(edges[:, 0], n + 2)
+    return np.column_stack([channel, first, first + edges[:, 1] - edges[:, 0]])
+
+
+def _span(values: Floats, a: int, b: int) -> float:
+    part = values[a : b + 1]
+    return float(part.max() - part.min())
+
+
+def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
+    """A signal that keeps one value, to the last bit, while the joint is told to move: once for long
+    (frozen), or again and again at its own extreme (saturated)."""
+    hz = s.manifest.control_hz
+    shortest = max(2, round(SATURATED_RUN_S * hz))
+    for name, values in (("q", s.q), ("dq", s.dq), ("tau", s.tau)):
+        if name == "tau" and not values.any():
+            continue  # not measured
+        still = values[1:] == values[:-1]
+        if name == "tau":
+            still &= _torque_free(s)
+        found = runs(still, shortest)
+        if not len(found):
+            continue
+        span = np.array([_span(s.q_ref[:, j], a, b) for j, a, b in found.tolist()])
+        found, span = found[span > 0], span[span > 0]
+        if fault := _saturated(name, values, found, span, hz, settings):
+            return fault
+        long = (found[:, 2] - found[:, 1] >= settings.frozen_s * hz) & (span > settings.frozen_motion_rad)
+        if long.any():
+            joint, a, b = found[np.argmax(long)].tolist()
+            seconds, told = (b - a) / hz, float(span[np.argmax(long)])
+            text = f"{name}[{joint}] stands still for {seconds:.2f} s while told to move {told:.3f} rad"
+            return [Found(Fault.FROZEN, text)]
+    return _frozen_state(s, settings)
+
+
+def _saturated(
+    name: str, values: Floats, found: NDArray[np.int64], span: Floats, hz: float, settings: CheckSettings
+) -> list[Found]:
+    at = values[found[:, 1], found[:, 0]]
+    ends = (at == values.max(axis=0)[found[:, 0]]) | (at == values.min(axis=0)[found[:, 0]])
+    for joint in np.unique(found[ends, 0]).tolist():
+        mine = ends & (found[:, 0] == joint)
+        seconds = float((found[mine, 2] - found[mine, 1]).sum()) / hz
+        # One stretch alone may be a joint that stopped.
+        if (
+            mine.sum() > 1
+            and seconds > settings.saturated_s
+            and span[mine].max() > settings.frozen_motion_rad
+        ):
+            low, high = values[:, joint].min(), values[:, joint].max()
+            text = f"{name}[{joint}] is cut off at {low:.4g} or {high:.4g} for {seconds:.2f} s in all"
+            return [Found(Fault.SATURATED, text)]
+    return []
+
+
+def _frozen_state(s: Signals, settings: CheckSettings) -> list[Found]:
+    pose = s.state[:, : settings.pose_dims]
+    if not pose.shape[1]:
+        return []
+    still = (pose[1:] == pose[:-1]).all(axis=1, keepdims=True)
+    for _, a, b in runs(still, 3).tolist():
+        if (moved := float(s.frame_motion[a:b].sum())) > settings.min_motion_rad:
+            text = f"state stands still for {b - a + 1} frames while the joints go {moved:.2f} rad"
+            return [Found(Fault.FROZEN, text)]
+    return []
+
+
+def _torque_free(s: Signals) -> NDArray[np.bool_]:
+    """``[N-1, 1]``: rows in which the torque may vary: the robot has power and is not at its limit."""
+    return ((s.mode[1:] < Mode.STOP_1) & ~s.torque_cut[1:])[:, None]
+
+
+@lru_cache(maxsize=16)
+def robot_limits(path: str) -> SafetyLimits:
+    """A robot's limits file, named from the working directory or from the checkout."""
+    for at in (Path(path), Path(__file__).parents[2] / path):
+        if at.is_file():
+            return SafetyLimits.load(at)
+    raise ConfigError(f"curate.checks.robots: {path!r}: no such file; name the limits file of your robot")
+
+
+def _limits(s: Signals, settings: CheckSettings) -> list[Found]:
+    """Outside of what the robot can do; the files with its number of joints are tried, one must admit it."""
+    files = [robot_limits(p) for p in settings.robots]
+    objections = [_beyond(s, x, settings) for x in files if len(x.joints) == s.q.shape[1]]
+    if not objections or None in objections:
+        return []
+    first = next(x for x in objections if x is not None)
+    reach = float(np.abs(s.q).max())
+    if reach > 2 * np.pi and float(np.ptp(s.q, axis=0).max()) > settings.min_motion_rad * DEGREES / 4:
+        return [
+            Found(Fault.UNITS, f"{first}; {reach:.4g} would be {reach / DEGREES:.3g} rad if it were degrees")
+        ]
+    return [Found(Fault.JOINT_LIMITS, first)]
+
+
+def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
+    slack = settings.joint_slack_rad
+    lower, upper = np.array(x.position.lower) - slack, np.array(x.position.upper) + slack
+    speed = np.array(x.velocity.max) * x.velocity.overspeed
+    torque = np.array(x.torque.max) * 1.01
+    for name, values, low, high in (
+        ("q", s.q, lower, upper),
+        ("dq", s.dq, -speed, speed),
+        ("tau", s.tau, -torque, torque),
+    ):
+        if (values.min(axis=0) < low).any() or (values.max(axis=0) > high).any():
+            bad = (values < low) | (values > high)
+            row, joint = np.unravel_index(int(np.argmax(bad)), bad.shape)
+            return (
+                f"{name}[{joint}] is {values[row, joint]:.4g} in row {row}, beyond"
+                f" [{low[joint]:.4g}, {high[joint]:.4g}] of {x.robot}"
+            )
+    return None
+
+
+def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
+    """Positions against the integral of velocities (trapezoids), over windows without a gap that overlap by
+    half, so that a step is whole in one of them."""
+    dt = np.diff(s.t_ns)[:, None] / 1e9
+    area = np.cumsum((s.dq[1:] + s.dq[:-1]) / 2 * dt, axis=0)
+    w = max(2, round(settings.window_s * s.manifest.control_hz))
+    if len(area) <= w:
+        return []
+    gaps = np.cumsum(dt[:, 0] > GAP_PERIODS / s.manifest.control_hz)
+    begin = np.unique(np.append(np.arange(0, len(area) - w, w // 2), len(area) - w - 1))
+    begin = begin[gaps[begin + w] == gaps[begin]]
+    went, moved = area[begin + w] - area[begin], s.q[begin + w + 1] - s.q[begin + 1]
+    power = (went**2).sum(axis=0)
+    enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4
+    ratio = (went * moved).sum(axis=0) / np.maximum(power, 1e-12)
+    wrong = enough & ~((ratio > 1 / settings.max_unit_ratio) & (ratio < settings.max_unit_ratio))
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        text = f"q[{k}] moves {ratio[k]:.4g} times as far as dq[{k}] says"
+        return [Found(Fault.UNITS, text)]
+    drift = np.abs(moved - went)
+    if drift.size and float(drift.max()) > settings.max_drift_rad:
+        at, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
+        text = (
+            f"q[{joint}] leaves the integral of its velocity by {drift.max():.3g} rad within"
+            f" {settings.window_s:g} s, about row {int(begin[at]) + w}"
+        )
+        return [Found(Fault.DISCONTINUITY, text)]
+    return []
+
+
+# ── frames ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _state_and_joints(s: Signals, settings: CheckSettings) -> list[Found]:
+    """The tool goes where the joints take it: path lengths in proportion, and each step linear in those of
+    the joints, as by one Jacobian for the whole episode (Whitney 1969, "Resolved motion rate control of
+    manipulators and human prostheses", IEEE TMMS 10:47–53)."""
+    pose = s.state[:, : settings.pose_dims]
+    turned = s.frame_motion
+    if not pose.shape[1] or turned.sum() < settings.min_motion_rad or len(turned) < STEPS_MIN:
+        return []
+    step, turn = np.diff(pose, axis=0), np.diff(s.frame_q, axis=0)
+    ratio = float(np.linalg.norm(step, axis=1).sum() / turned.sum())
+    if not settings.min_pose_per_rad < ratio < settings.max_pose_per_rad:
+        return [Found(Fault.UNITS, f"the state goes {ratio:.3g} (m or rad) for each rad of the joints")]
+    if len(turn) < 2 * turn.shape[1]:
+        return []  # anything would fit
+    jacobian, *_ = np.linalg.lstsq(turn, step, rcond=None)
+    r2 = 1.0 - float(((step - turn @ jacobian) ** 2).sum() / max(float((step**2).sum()), 1e-12))
+    if r2 < settings.min_state_joint_r2:
+        return [Found(Fault.STATE_JOINTS, f"the joints do not explain where the state goes: R² {r2:.2f}")]
+    return []
+
+
+def variation(a: Floats) -> float:
+    """Deviation over mean; 0 where nothing moves."""
+    return float(a.std() / a.mean()) if a.mean() > 0 else 0.0
+
+
+def correlation(a: Floats, b: Floats) -> float:
+    """Pearson's; 0 where one of the two is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / norm if norm > 0 else 0.0
+
+
+def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
+    """Each phase for itself: a person's targets are followed closely, a bad policy's only roughly."""
+    k = settings.pose_dims
+    if not k or min(s.state.shape[1], s.action.shape[1]) < k:
+        return []
+    pose, target = s.state[:, :k], s.action[:, :k]
+    # Rows in which the arm followed throughout, and in the step before: else the action was not executed.
+    busy = np.maximum.reduceat(np.append(s.mode, 0), s.tick)[:-1] == Mode.FOLLOW
+    for who, mine, least in (
+        ("the operator's", s.operator, settings.min_action_r2),
+        ("the policy's", ~s.operator, settings.min_policy_action_r2),
+    ):
+        flow = mine[:-1] & mine[1:] & busy
+        rows = np.flatnonzero(flow[1:] & flow[:-1]) + 1
+        if len(rows) < STEPS_MIN:
+            continue
+        step = pose[rows + 1] - pose[rows]
+        far = float(np.median(np.linalg.norm(target[rows] - pose[rows], axis=1)))
+        if far > 10 * settings.max_action_error:
+            return [
+                Found(Fault.UNITS, f"{who} actions lie {far:.3g} from the states; are they in the same unit?")
+            ]
+        if s.operator is mine and (fault := _strays(target[rows] - pose[rows], step, settings)):
+            return fault
+        commands = np.stack([target[rows] - pose[rows], target[rows - 1] - pose[rows]], axis=-1)
+        if np.linalg.norm(step, axis=1).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
+            continue
+        a, b = commands.reshape(-1, 2), step.reshape(-1)
+        gain, *_ = np.linalg.lstsq(a, b, rcond=None)
+        rest = (b - a @ gain).reshape(step.shape)
+        r2 = 1.0 - float((rest**2).sum() / max(float((step**2).sum()), 1e-12))
+        worst = int(np.argmax(np.linalg.norm(rest, axis=1)))
+        size = float(np.linalg.norm(rest[worst]))
+        toward = float((a[:, 0] * b).sum())  # a step goes to where it is told, not away from it
+        if r2 < least or toward <= 0:
+            text = f"{who} actions do not explain the states that follow: R² {r2:.2f}"
+            return [Found(Fault.ACTION_STATE, text)]
+        if size > settings.max_action_error:
+            text = f"the step after frame {rows[worst]} is {size:.3g} off {who} action"
+            return [Found(Fault.ACTION_STATE, text)]
+    return []
+
+
+def _strays(told: Floats, step: Floats, settings: CheckSettings) -> list[Found]:
+    """A person's targets ``told [K, D]``, from where the tool is, against its steps: along every axis that it
+    goes, they ask for about as much, and in that direction."""
+    asked, went = (told**2).sum(axis=0), (step**2).sum(axis=0)
+    moved = np.flatnonzero(went > AXIS_SHARE * went.sum())
+    ratio = np.sqrt(asked[moved] / went[moved])
+    toward = (told * step).sum(axis=0)[moved]
+    for axis, r, t in zip(moved.tolist(), ratio.tolist(), toward.tolist(), strict=True):
+        if t <= 0 or r > settings.max_action_ratio:
+            text = f"the operator's actions along state[{axis}] ask for {np.sign(t) * r:.2f} times the steps"
+            return [Found(Fault.ACTION_STATE, f"{text} that follow")]
+    return []
+
+
+# ── what is said of it ───────────────────────────────────────────────────────────────────────────────
+
+
+def _policies(e: Episode) -> list[Found]:
+    digests = [d for d in e.frames.column("policy_digest").unique().to_pylist() if d]
+    if len(digests) > 1:
+        return [Found(Fault.MIXED_POLICIES, f"frames of {len(digests)} policies: {_short(digests)}")]
+    if digests and e.manifest.policy_digest and digests != [e.manifest.policy_digest]:
+        told = e.manifest.policy_digest[:12]
+        return [Found(Fault.MIXED_POLICIES, f"frames of {_short(digests)}, the manifest says {told}")]
+    return []
+
+
+def _short(digests: list[str]) -> str:
+    return ", ".join(d[:12] for d in sorted(digests)[:4])
+
+
+def _intervention(e: Episode, s: Signals) -> list[Found]:
+    """Who was in control: the policy's chunk is recorded when it was the policy, and events say when not."""
+    chunk = as_array(e.frames, "chunk")
+    policy = chunk.any(axis=1)
+    if (both := int((policy & s.operator).sum())) > 0:
+        return [Found(Fault.INTERVENTION, f"{both} frames of the operator hold a chunk of the policy's")]
+    infer = as_array(e.frames, "infer_ns") > 0
+    if (both := int((infer & s.operator).sum())) > 0:
+        return [Found(Fault.INTERVENTION, f"{both} frames of the operator took time to infer")]
+    rows = [r for r in e.events.to_pylist() if r["kind"] == "intervention" and r["name"] in ("on", "off")]
+    if not rows:
+        return []
+    # Between two events who is in control is what the first of them said; before the first one, the other.
+    on = np.array([r["name"] == "on" for r in rows])
+    at = np.searchsorted([r["t_ns"] for r in rows], s.frame_ns, side="right")
+    told = np.concatenate([[not on[0]], on])[at]
+    if (wrong := int((told != s.operator).sum())) <= 2:
+        return []
+    text = f"in {wrong} frames the operator is or is not in control, other than the events say"
+    return [Found(Fault.INTERVENTION, text)]
+
+
+def _outcome(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
+    """What the manifest says of the end, against the events, the triggers and the tool."""
+    m = e.manifest
+    for by, told in (("policy", m.outcome), ("operator", m.operator_outcome)):
+        seen = ended(e.events, by)
+        if told is not None and seen is not None and told is not seen:
+            return [Found(Fault.OUTCOME, f"{by}: {told.value} in the manifest, {seen.value} in the events")]
+    failed = {TriggerKind.TASK_TIMEOUT, TriggerKind.WRONG_OBJECT, TriggerKind.DROPPED_OBJECT}
+    if m.outcome is Outcome.SUCCESS and (kinds := failed & {t.kind for t in m.triggers}):
+        return [Found(Fault.OUTCOME, f"success, but it was recorded because of {min(kinds).value}")]
+    success = m.operator_outcome is Outcome.SUCCESS or (
+        m.operator_outcome is None and m.outcome is Outcome.SUCCESS
+    )
+    if not success or not settings.success_lets_go:
+        return []
+    release = last_release(s)
+    if not s.held.any():
+        return [Found(Fault.OUTCOME, "success, but nothing was ever held")]
+    if release is None or s.held[-1]:
+        return [Found(Fault.OUTCOME, "success, but what was held was never let go of")]
+    around = s.tool[release : release + max(1, round(0.1 * m.control_hz))]
+    if float(around.min()) > 0.5:
+        return [Found(Fault.OUTCOME, "success, but what was held was lost while it was to be held")]
+    return []
+
+
+def last_release(s: Signals) -> int | None:
+    """The row in which something held was held no more, the last time; None if there is none."""
+    rows = np.flatnonzero(s.held[:-1] & ~s.held[1:]) + 1
+    return int(rows[-1]) if len(rows) else None
+
+
+def ended(events: pa.Table, by: str) -> Outcome | None:
+    """How the last attempt that ``by`` ("policy" or "operator") ended came out by the events."""
+    for row in reversed(events.to_pylist()):
+        if (row["kind"], row["name"]) != ("task", "end"):
+            continue
+        try:
+            detail = json.loads(row["detail"] or "{}")
+        except ValueError:
+            continue
+        if not isinstance(detail, dict) or detail.get("by", "policy") != by:
+            continue
+        if isinstance(told := detail.get("outcome"), str) and told in Outcome:
+            return Outcome(told)
+    return None

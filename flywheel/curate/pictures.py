@@ -1,0 +1,174 @@
+"""The pictures of one episode: decoded within bounds, and checked for a camera that does not see.
+
+* black, white: mean brightness and contrast of each picture;
+* blurred: variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield
+  microscopy: a comparative study", ICPR, LAPV), divided by the picture's own variance so that dim light is no
+  blur;
+* stuck: the same bytes again although the arm moved in between, or nothing but noise from one to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from flywheel.config import CheckSettings
+from flywheel.curate.checks import STEPS_MIN, Fault, Floats, Found, variation
+from flywheel.errors import EpisodeError
+
+MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
+MAX_PIXEL_BYTES = 1 << 30  # of one camera's pictures in one episode, decoded
+MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one of libjpeg has 10)
+THUMBNAIL_PX = 8
+GREY_PX = 128  # of the shorter side, that are left for the checks
+SHARP_PX = 64
+SHARP_SAMPLES = 12  # pictures of an episode that are looked at for blur
+
+Grey = NDArray[np.float32]  # [N, H, W], 0 to 255
+
+SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
+
+
+def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
+    return _decoded(frames, camera, rows, "RGB")[0]
+
+
+def decoded_grey(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> tuple[Grey, tuple[int, int, int]]:
+    """Luma of the images of one camera ``[len(rows), h, w]``, and the shape that they have in colour.
+
+    Large ones are decoded to a half, a quarter or an eighth of their size, as long as ``GREY_PX`` are left:
+    every byte is read all the same. ``EpisodeError`` as for ``decoded``.
+    """
+    images, (height, width) = _decoded(frames, camera, rows, "GRAY")
+    return images[..., 0].astype(np.float32), (height, width, 3)
+
+
+def _decoded(
+    frames: pa.Table, camera: str, rows: NDArray[np.int64], colorspace: str
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    import simplejpeg
+
+    data = frames.column(f"image.{camera}").take(pa.array(rows)).to_pylist()
+    images: list[NDArray[np.uint8]] = []
+    first = (0, 0)
+    least: dict[str, int] = {}
+    for row, picture in zip(rows.tolist(), data, strict=True):
+        try:
+            size = height, width = simplejpeg.decode_jpeg_header(picture)[:2]
+            if not 0 < max(size) <= MAX_SIDE_PX:
+                raise ValueError(f"claims {height}×{width} px")
+            if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
+                raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
+            if picture.count(SCAN) > MAX_SCANS:
+                raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
+            if not images:
+                first = size
+                if colorspace == "GRAY" and (k := min(8, min(size) // GREY_PX)) > 1:
+                    k = 1 << (k.bit_length() - 1)
+                    least = {"min_height": -(-height // k), "min_width": -(-width // k)}
+            elif size != first:
+                raise ValueError(f"is {height}×{width} px, unlike the first one")
+            images.append(simplejpeg.decode_jpeg(picture, colorspace=colorspace, **least))
+        except ValueError as e:
+            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
+    return np.stack(images) if images else np.empty((0, 0, 0, 3), np.uint8), first
+
+
+def grey(images: NDArray[np.uint8]) -> Grey:
+    """Luma, 0 to 255 (ITU-R BT.601, as in JFIF): ``[N, H, W]`` of images ``[N, H, W, 3]``."""
+    return np.asarray(images @ np.array([0.299, 0.587, 0.114], np.float32), np.float32)
+
+
+def thumbnails(pictures: Grey) -> Floats:
+    """``[N, 8, 8]`` in 0..1 of grey pictures ``[N, H, W]`` by averaging blocks."""
+    return np.asarray(blocks(blocks(pictures, THUMBNAIL_PX, 1), THUMBNAIL_PX, 2) / 255.0, np.float64)
+
+
+def blocks(values: NDArray[Any], count: int, axis: int) -> NDArray[Any]:
+    """Means of ``count`` blocks along an axis, as even as ``np.array_split`` makes them."""
+    size = values.shape[axis]
+    if size < count:
+        return blocks(np.repeat(values, count, axis=axis), count, axis)
+    starts = np.arange(count) * (size // count) + np.minimum(np.arange(count), size % count)
+    length = np.diff(np.append(starts, size)).astype(np.float32)
+    shape = [1] * values.ndim
+    shape[axis] = count
+    return np.asarray(np.add.reduceat(values, starts, axis=axis) / length.reshape(shape))
+
+
+def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
+    """The same picture, to the last byte, at ``stuck_images`` or more different places of the arm."""
+    column = frames.column(f"image.{camera}").combine_chunks()
+    code = np.asarray(column.dictionary_encode().indices)
+    order = np.argsort(code, kind="stable")
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    count = np.diff(np.append(starts, len(code)))
+    if not len(code) or count.max() < settings.stuck_images:
+        return []
+    sorted_q = frame_q[order]
+    high = np.maximum.reduceat(sorted_q, starts, axis=0)
+    spread = (high - np.minimum.reduceat(sorted_q, starts, axis=0)).max(axis=1)
+    stuck = (count >= settings.stuck_images) & (spread > settings.stuck_motion_rad)
+    if not stuck.any():
+        return []
+    k = int(np.argmax(np.where(stuck, count, 0)))
+    row = int(order[starts[k]])
+    text = f"image.{camera} of row {row} comes {count[k]} times while a joint goes {spread[k]:.3f} rad"
+    return [Found(Fault.STUCK_IMAGE, text)]
+
+
+def check_pictures(
+    images: Grey, thumbs: Floats, camera: str, motion: Floats, settings: CheckSettings
+) -> list[Found]:
+    """Pictures ``[N, H, W]`` of one camera and their thumbnails ``[N, 8, 8]``; ``motion [N-1]`` is how far
+    the joints went in between, rad."""
+    small = images[:, :: max(1, images.shape[1] // 32), :: max(1, images.shape[2] // 32)]
+    mean, contrast = small.mean(axis=(1, 2)), small.std(axis=(1, 2))
+    even = contrast < settings.min_contrast
+    black, white = even & (mean < settings.black_level), even & (mean > settings.white_level)
+    for fault, bad, text in ((Fault.BLACK_IMAGE, black, "dark"), (Fault.WHITE_IMAGE, white, "bright")):
+        if (count := int(bad.sum())) > settings.bad_images:
+            row = int(np.argmax(bad))
+            why = (
+                f"{count} of {len(images)} pictures of {camera} are evenly {text} (the first of them:"
+                f" mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})"
+            )
+            return [Found(fault, why)]
+    some = np.unique(np.linspace(0, len(images) - 1, SHARP_SAMPLES).round().astype(int))
+    sharp = sharpness(images[some])
+    if (blurred := int((sharp < settings.min_sharpness).sum())) > settings.bad_images:
+        text = f"{blurred} of {len(some)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
+        return [Found(Fault.BLURRED_IMAGE, text)]
+    fine = ~(black | white)
+    between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
+    motion = motion[between]
+    if len(motion) >= STEPS_MIN and variation(motion) > settings.min_speed_variation:
+        low, high = np.quantile(changes(thumbs)[between], [0.1, 0.9])
+        if motion.sum() > settings.min_motion_rad and high < settings.min_change_ratio * low:
+            text = f"the pictures of {camera} change alike ({low:.2g} to {high:.2g}) however the arm moves"
+            return [Found(Fault.STUCK_IMAGE, text)]
+    return []
+
+
+def changes(small: Floats) -> Floats:
+    """Mean difference of each of the thumbnails ``[N, 8, 8]`` to the next, ``[N-1]``."""
+    return np.asarray(np.abs(np.diff(small, axis=0)).mean(axis=(1, 2)))
+
+
+def sharpness(images: Grey) -> Floats:
+    """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture.
+
+    Taken at 64 to 127 px (blocks are averaged), so that it does not depend on how many pixels a camera has.
+    """
+    k = max(1, min(images.shape[1:3]) // SHARP_PX)
+    n, h, w = len(images), images.shape[1] // k, images.shape[2] // k
+    g = images[:, : h * k, : w * k]
+    if k > 1:
+        g = g.reshape(n, h, k, w, k).mean(axis=(2, 4))
+    around = g[:, :-2, 1:-1] + g[:, 2:, 1:-1] + g[:, 1:-1, :-2] + g[:, 1:-1, 2:]
+    lap = around - 4 * g[:, 1:-1, 1:-1]
+    return np.asarray(lap.var(axis=(1, 2)) / np.maximum(g.var(axis=(1, 2)), 1.0), np.float64)
