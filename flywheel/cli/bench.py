@@ -21,6 +21,8 @@ BENCHES = {
     "recorder": "flywheel.bench.recorder:recorder",
     "crash": "flywheel.bench.crash:crash",
     "hostile": "flywheel.bench.hostile:hostile",
+    "restarts": "flywheel.bench.restarts:restarts",
+    "operations": "flywheel.bench.operations:operations",
     "curate": "flywheel.bench.curate:curate",
     "dataset": "flywheel.dataset.bench:dataset",
     "labels": "flywheel.bench.labels:labels",
