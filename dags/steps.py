@@ -108,6 +108,8 @@ def decide(option: str, name: str, rollout_id: str, answer: Mapping[str, Any]) -
     """Give a person's word to the rollout, checked again here: who, for which bundle, on which evidence."""
     user = answer.get("responded_by_user") or {}
     by = str(user.get("name") or "nobody answered in time")
+    if option not in DECISIONS:
+        raise AirflowFailException(f"option = {option!r}: must be one of {', '.join(DECISIONS)}")
     verdict = DECISIONS[option]
     if verdict is Verdict.PROMOTE and by not in Deployment.from_env().approvers:
         raise AirflowFailException(f"{by} may not approve releases (FLYWHEEL_APPROVERS)")

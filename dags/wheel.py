@@ -80,7 +80,7 @@ def stage(name: str, **options: Any) -> BashOperator:
     max_active_runs=1,
     default_args={
         "owner": "flywheel",
-        "retries": 2,
+        "retries": 4,  # a store or a server that was killed is back by then
         "retry_delay": timedelta(seconds=5),
         "retry_exponential_backoff": True,
         "max_retry_delay": timedelta(minutes=1),

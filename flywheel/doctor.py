@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,11 +26,13 @@ from flywheel.errors import FlywheelError
 from flywheel.keys import ROOT_FILE
 from flywheel.release import Publisher
 from flywheel.services.airflow import Airflow
+from flywheel.services.keeper import Keeper
 from flywheel.store import Store
 
 LEAST_FREE, LITTLE_FREE = 1 << 30, 10 << 30  # bytes
 SKEW_S = 2.0  # of this machine's clock against the store's, beyond the second that the store may round away
 EXPIRES_SOON_S = 24 * 3600.0
+RECENT_S = 24 * 3600.0
 _CLAIM = "import json; from flywheel.edge.realtime import claim; print(json.dumps(claim(50, None).reasons))"
 
 
@@ -66,6 +69,7 @@ def examine(deployment: Deployment) -> list[Finding]:
         "releases": _releases,
         "approvers": _approvers,
         "airflow": _airflow,
+        "keeper": _keeper,
         "real time": _real_time,
     }
     return list(_findings(checks, deployment))
@@ -215,6 +219,22 @@ def _airflow(deployment: Deployment) -> Answer | None:
             f"{errors[0]['filename']}: {str(errors[0]['stack_trace']).strip().splitlines()[-1]}",
         )
     return Health.OK, f"healthy at {airflow.url}"
+
+
+def _keeper(deployment: Deployment) -> Answer | None:
+    keeper = Keeper(deployment.home)
+    if not (kept := keeper.kept()):
+        return None
+    if not keeper.runs():
+        return Health.WARNING, f"nothing starts again what dies of {', '.join(sorted(kept))}; `flywheel up`"
+    again = Counter(r.name for r in keeper.restarts(time.time() - RECENT_S))
+    if again:
+        died = ", ".join(f"{name} ({n} times)" for name, n in again.most_common())
+        return (
+            Health.WARNING,
+            f"died within a day and started again: {died}; logs are in {deployment.home / 'logs'}",
+        )
+    return Health.OK, f"starts again what dies of {', '.join(sorted(kept))}"
 
 
 def _real_time(_: Deployment) -> Answer:

@@ -272,6 +272,16 @@ def open_turns(store: Store) -> list[TurnRecord]:
     return [r for n in sorted(unfinished) if (r := _find_record(store, n)) is not None]
 
 
+def unopened_turns(store: Store) -> dict[str, datetime]:
+    """Turns that died between their claim and their record, and when they claimed.
+
+    What they claimed is theirs for ever: only the same turn, opened again, goes on with it.
+    """
+    recorded = {i.key.split("/")[1] for i in store.list("runs/") if i.key.endswith("/turn.json")}
+    claims = (i for i in store.list("claimed/") if i.key.endswith("/claims.json"))
+    return {n: i.modified for i in claims if (n := i.key.split("/")[1]) not in recorded}
+
+
 # ── the workspace's content ──────────────────────────────────────────────────────────────────────────
 
 
@@ -282,6 +292,8 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
         return
     patch = store.get(_key(turn, "source.patch"), record.patch_sha256) if record.patch_sha256 else b""
     workspace.clone(origin, Source(record.commit, patch))
+    # The checkout's own says what somebody finished there; this turn has finished nothing yet.
+    (root / "dvc.lock").unlink(missing_ok=True)
     params = root / PARAMS_FILE
     text = workspace.git("show", f":{PARAMS_FILE}")
     params.write_text(adjusted(f"{text}\n", record.adjusted, record.policy), encoding="utf-8")

@@ -20,7 +20,7 @@ from flywheel.rollout import active_rollout
 from flywheel.rollout.evidence import read_documents
 from flywheel.schema import Group, RobotReport
 from flywheel.store import Store
-from flywheel.turn import open_turns
+from flywheel.turn import open_turns, unopened_turns
 from flywheel.workspace import Workspace
 
 NAMED = 5  # in one sentence; a person looks at the fleet page for the others
@@ -95,8 +95,12 @@ def attention(store: Store, publisher: Publisher, settings: Settings, now: datet
             "clear its failed task in Airflow, and it goes on from there",
         ),
     ]
+    late_s = LATE_FACTOR * settings.trigger.max_wait_s
+    lost = [n for n, at in unopened_turns(store).items() if (now - at).total_seconds() > late_s]
+    remedy = "clear `collect.open` of its run in Airflow, and it goes on from there"
+    alarms.append(_alarm("claimed failures and was never opened", lost, remedy))
     waiting = backlog(store, now)
-    if waiting.count and waiting.oldest_s > LATE_FACTOR * settings.trigger.max_wait_s:
+    if waiting.count and waiting.oldest_s > late_s:
         waits = f"{waiting.count}, the oldest for {waiting.oldest_s / 3600:.1f} h"
         remedy = "is Airflow's triggerer up, and another turn under way? `flywheel doctor`"
         alarms.append(Alarm("failures that no turn takes", (waits,), remedy))

@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from flywheel.services.process import end_marked
 from flywheel.store import embedded_store
 
 PATCH_MAX_BYTES = 64 << 20  # uncommitted state that a turn takes along
+SNAPSHOT_ATTEMPTS, SNAPSHOT_PAUSE_S = 20, 0.25  # of a checkout in which somebody works
 STOP_GRACE_S = 20.0  # from SIGTERM to SIGKILL: a training writes its checkpoint meanwhile
 TURN_VARIABLE = "FLYWHEEL_TURN"  # marks every process of a turn, so that leftovers are found
 
@@ -86,18 +88,35 @@ def snapshot(root: Path) -> Source:
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }
         _git(root, "read-tree", commit, env=aside)
-        _git(root, "add", "--all", env=aside)
+        _add_all(root, aside)
         diff = _git(root, "diff", "--cached", "--binary", "--full-index", "--no-ext-diff", commit, env=aside)
     return Source(commit, diff.stdout)
+
+
+def _add_all(root: Path, env: Mapping[str, str]) -> None:
+    """Take what lies there, also while somebody works in it: an editor, a developer's ``dvc exp run``."""
+    for attempt in range(SNAPSHOT_ATTEMPTS):
+        try:
+            _git(root, "add", "--all", env=env)
+        except StageError:
+            # A file went away or grew while git looked at it, which git takes for an error.
+            if attempt == SNAPSHOT_ATTEMPTS - 1:
+                raise
+            time.sleep(SNAPSHOT_PAUSE_S)
+        else:
+            return
 
 
 def _refuse_bulk(root: Path) -> None:
     listed = _git(root, "ls-files", "-z", "--modified", "--others", "--exclude-standard").stdout
     sizes: dict[str, int] = {}
     for name in filter(None, listed.decode(errors="surrogateescape").split("\0")):
-        path = root / name
-        if path.is_file() and not path.is_symlink():
-            sizes[name] = path.stat().st_size
+        try:
+            found = (root / name).lstat()
+        except FileNotFoundError:
+            continue  # it went away since it was listed
+        if stat.S_ISREG(found.st_mode):
+            sizes[name] = found.st_size
     if (total := sum(sizes.values())) > PATCH_MAX_BYTES:
         largest = max(sizes, key=lambda n: sizes[n])
         raise ConfigError(

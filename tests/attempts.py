@@ -145,10 +145,7 @@ def attempt(parent: Path, kind: str, seed: int = 0, corrected: bool = True, **fi
     for name in ("state", "action", "chunk"):
         columns[name] = vectors(np.asarray(columns[name]))
     frames = pa.table(columns, schema=schema.frames_schema(CAMERAS, STATE, CHUNK, ACTION))
-    control = _control(kind, n, switch if operator else n, held_by_tick, suction, tips)
-    edited: dict[str, Any] = {name: control.column(name) for name in control.column_names}
-    edit_control(edited)
-    control = pa.table(edited, schema=control.schema)
+    control = _control(kind, n, switch if operator else n, held_by_tick, suction, tips, edit_control)
     failed = min(switch, n - 1) * POLICY_NS
     triggers = [Trigger(kind=trigger, t_ns=failed)]
     if operator:
@@ -209,7 +206,15 @@ def _held(tips: Array, suction: Array, s: Scene) -> tuple[Array, Array]:
     return np.repeat(held, TICKS), held
 
 
-def _control(kind: str, n: int, switch: int, held: Array, suction: Array, tips: Array) -> pa.Table:
+def _control(
+    kind: str,
+    n: int,
+    switch: int,
+    held: Array,
+    suction: Array,
+    tips: Array,
+    edit: Callable[[dict[str, Any]], None],
+) -> pa.Table:
     rows = n * TICKS
     ticks = np.arange(rows)
     # Joints that move when the tool does, at speeds that are the derivative of where they are.
@@ -239,6 +244,7 @@ def _control(kind: str, n: int, switch: int, held: Array, suction: Array, tips: 
         "chunk_age_ns": (ticks % TICKS) * (POLICY_NS // TICKS),
         "limits": limits,
     }
+    edit(columns)
     return pa.table(columns, schema=schema.control_schema(JOINTS))
 
 

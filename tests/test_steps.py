@@ -216,6 +216,82 @@ def test_a_promotion_that_comes_after_a_roll_back_is_refused(
     assert stage_of(store, rollout_id) is RolloutStage.ROLLED_BACK
 
 
+def untouched(store: Store) -> dict[str, bytes]:
+    """Every object that a rollout or a release is made of."""
+    return {i.key: store.get(i.key) for p in ("rollouts/", "releases/") for i in store.list(p)}
+
+
+def other_bundle_shown(store: Store, rollout_id: str) -> None:
+    forged_bundle(store, rollout.status(store, rollout_id).state)
+
+
+def other_report_shown(store: Store, rollout_id: str) -> None:
+    other_gate_report(store, rollout.status(store, rollout_id).state)
+
+
+def already_approved(store: Store, rollout_id: str) -> None:
+    from dags import steps
+
+    steps.decide("Promote", "turn-a", rollout_id, answered())
+
+
+def nobody_answered_in_time(store: Store, rollout_id: str) -> None:
+    from dags import steps
+
+    steps.decide("Roll back", "turn-a", rollout_id, answered(None))
+
+
+def nothing(store: Store, rollout_id: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("before", "option", "answer", "refusal"),
+    [
+        pytest.param(
+            other_bundle_shown, "Promote", answered(), "void: the bundle", id="changed bundle digest"
+        ),
+        pytest.param(other_report_shown, "Promote", answered(), "void: the gate", id="changed gate digest"),
+        pytest.param(nothing, "Promote", answered("mallory"), "may not approve", id="wrong user"),
+        pytest.param(nothing, "Promote", answered("OPS"), "may not approve", id="user in other letters"),
+        pytest.param(nothing, "Promote", answered(None), "may not approve", id="nobody"),
+        pytest.param(already_approved, "Promote", answered(), "", id="twice by the same person"),
+        pytest.param(
+            already_approved, "Promote", answered("ada"), "nothing to approve", id="twice by another"
+        ),
+        pytest.param(nobody_answered_in_time, "Promote", answered(), "nothing to approve", id="late"),
+        pytest.param(nothing, "Promote", answered(reason="x" * 2001), "reason", id="reason too long"),
+        pytest.param(nothing, "Promote", answered(reason=["x"]), "reason", id="reason of another type"),
+        pytest.param(nothing, "promote", answered(), "must be one of", id="unknown option"),
+    ],
+)
+def test_an_approval_that_may_not_count_leaves_rollout_and_releases_byte_for_byte(
+    before: Callable[[Store, str], None],
+    option: str,
+    answer: dict[str, Any],
+    refusal: str,
+    waiting: tuple[str, str, ReportingFleet],
+    store: BucketStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    monkeypatch.setenv("FLYWHEEL_APPROVERS", "ops,ada")
+    name, rollout_id, fleet = waiting
+    fleet.publisher.init(("ops", "ada"))
+    before(store, rollout_id)
+    were = untouched(store)
+    assert {k.split("/")[0] for k in were} == {"rollouts", "releases"}
+    if refusal:
+        with pytest.raises(AirflowFailException, match=refusal):
+            steps.decide(option, name, rollout_id, answer)
+    else:
+        steps.decide(option, name, rollout_id, answer)  # a task that is tried again
+    assert untouched(store) == were
+
+
 def test_a_gate_that_does_not_promote_ends_the_turn_without_a_rollout(
     store: BucketStore,
 ) -> None:

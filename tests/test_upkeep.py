@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flywheel.claims import claim
 from flywheel.config import Deployment, Settings
 from flywheel.release import Publisher
 from flywheel.schema import RobotReport
@@ -133,6 +134,19 @@ def test_failures_that_no_turn_takes_are_an_alarm(store: BucketStore, fleet: Rep
     assert alarms(store, fleet.publisher) == {}
     later = timedelta(seconds=3 * SETTINGS.trigger.max_wait_s + 5)
     assert "failures that no turn takes" in alarms(store, fleet.publisher, later)
+
+
+def test_a_turn_that_died_between_its_claim_and_its_record_is_an_alarm(
+    store: BucketStore, fleet: ReportingFleet
+) -> None:
+    """Nothing waits in the inbox any more, and no turn is open: nobody else would miss these failures."""
+    store.put(f"inbox/{1:019d}-00000000-0000-7000-8000-000000000001.json", b"{}")
+    claim(store, "turn-dead", 10)
+    claim(store, "turn-open", 10)
+    opened(store, "turn-open", timedelta(minutes=1))
+    assert alarms(store, fleet.publisher) == {}
+    later = timedelta(seconds=3 * SETTINGS.trigger.max_wait_s + 5)
+    assert alarms(store, fleet.publisher, later)["claimed failures and was never opened"] == ("turn-dead",)
 
 
 def test_leftovers_go_and_what_somebody_needs_stays(store: BucketStore, tmp_path: Path) -> None:

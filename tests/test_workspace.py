@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flywheel import workspace
 from flywheel.config import Deployment
 from flywheel.errors import ConfigError, StageError
 from flywheel.workspace import Workspace, snapshot, source_checkout, supervise
@@ -80,6 +82,36 @@ def test_a_workspace_has_the_checkouts_uncommitted_state_and_leaves_the_checkout
 
 def test_a_clean_checkout_has_no_patch(checkout: Path) -> None:
     assert snapshot(checkout).patch == b""
+
+
+def test_a_file_that_goes_away_while_it_is_looked_at_does_not_end_the_turn(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A developer's `dvc exp run` writes and removes files there, and git takes that for an error."""
+    (checkout / "new.py").write_text("new")
+    (checkout / "gone.py").write_text("gone")
+    git, failures, pauses = workspace._git, 3, list[float]()
+
+    def meanwhile(root: Path, *args: str, **options: Any) -> Any:
+        nonlocal failures
+        done = git(root, *args, **options)
+        if args[0] == "ls-files":
+            (checkout / "gone.py").unlink()
+        if args[0] == "add" and failures:
+            failures -= 1
+            raise StageError("git add: fatal: unable to stat 'gone.py': No such file or directory")
+        return done
+
+    monkeypatch.setattr("flywheel.workspace._git", meanwhile)
+    monkeypatch.setattr("flywheel.workspace.time.sleep", pauses.append)
+    found = snapshot(checkout)
+    assert len(pauses) == 3
+    assert b"new.py" in found.patch
+    assert b"gone.py" not in found.patch
+    failures = 1000
+    (checkout / "gone.py").write_text("gone")
+    with pytest.raises(StageError, match="unable to stat"):
+        snapshot(checkout)
 
 
 def test_variables_of_a_git_hook_do_not_lead_to_another_repository(

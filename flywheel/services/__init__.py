@@ -1,7 +1,8 @@
 """Services that run beside the product on one machine: the embedded object store and Airflow.
 
 ``up`` leaves them running as daemons until ``down``; ``session`` (and ``up(foreground=True)``) binds them to
-the calling process: however that ends, kill -9 included, a watchdog stops what it had started.
+the calling process: however that ends, kill -9 included, a watchdog stops what it had started. While they are
+up, a keeper starts again what dies.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from flywheel.errors import ServiceError
 from flywheel.services import process
 from flywheel.services.airflow import APPROVER, Airflow, child_environ
 from flywheel.services.ceph import Ceph
+from flywheel.services.keeper import Keeper, Patience
 from flywheel.services.watchdog import Watchdog
 from flywheel.store import EmbeddedStore, Store, embedded_store
 
-STORE, AIRFLOW = "store", "airflow"
+STORE, AIRFLOW, KEEPER = "store", "airflow", "keeper"
 LOCK_S = 300.0
 
 Progress = Callable[[str, str], None]  # (service, what it is doing)
@@ -95,6 +97,7 @@ def up(
         watchdog = Watchdog(home, missing) if missing else None
         try:
             endpoints = _start(deployment, missing, ceph, airflow, on_progress, on_store)
+            _keep(deployment, missing, with_airflow)
         except BaseException:
             _stop(home, missing)
             if watchdog is not None:
@@ -155,14 +158,67 @@ def robot_keys(home: Path, site: str, names: Iterable[str]) -> dict[str, Embedde
 def status(home: Path) -> dict[str, dict[str, bool]]:
     """Per service, which of its processes run."""
     home = home.absolute()
-    return {STORE: Ceph(home).status(), AIRFLOW: Airflow(home).status()}
+    return {
+        STORE: Ceph(home).status(),
+        AIRFLOW: Airflow(home).status(),
+        KEEPER: {KEEPER: Keeper(home).runs()},
+    }
+
+
+def revive(home: Path, patience: Patience) -> list[str]:
+    """Start again what died of the services that are to be up; what was started.
+
+    Nothing while somebody else starts or stops services. Raises ``ServiceError`` for what did not start.
+    """
+    deployment = Deployment.from_env().model_copy(update={"home": home})
+    ceph, airflow, keeper = Ceph(home), Airflow(home), Keeper(home)
+    started: list[str] = []
+    try:
+        with _locked(home, wait_s=0.0):
+            kept = keeper.kept()
+            known = not deployment.embedded or embedded_store(home) is not None
+            if AIRFLOW in kept and known:
+                if airflow.bound_to() != _where(deployment):
+                    # The store had to move to another port; Airflow's processes were told of the old one.
+                    airflow.down()
+                    airflow.bind(_where(deployment))
+                if not all(airflow.status().values()):
+                    started += airflow.revive(_endpoints(deployment, []).environ(), patience.due)
+                if keeper.restarts(0.0):
+                    airflow.end_orphans()
+            if STORE in kept and not ceph.is_up() and patience.due(STORE):
+                dead = [n for n, runs in ceph.status().items() if not runs]
+                ceph.up(lambda _step: None)
+                started += dead
+    except _Busy:
+        return []
+    return started
 
 
 def stop(home: Path, services: Iterable[str], on_progress: Progress = lambda _service, _step: None) -> None:
     """``down`` without regard to a watchdog: what the watchdog itself runs."""
     if home.is_dir():
+        services = tuple(services)
+        keeper = Keeper(home)
+        if keeper.kept() <= set(services):
+            keeper.stop()  # it may be in the middle of starting something
         with _locked(home, on_progress):
             _stop(home, services, on_progress)
+
+
+def _keep(deployment: Deployment, started: list[str], with_airflow: bool) -> None:
+    """See to it that what is up stays up; a keeper that ran before gets what Airflow was started with."""
+    keeper = Keeper(deployment.home)
+    kept = set(keeper.kept())
+    if deployment.embedded:
+        kept.add(STORE)
+    if with_airflow:
+        kept.add(AIRFLOW)
+    if started or not keeper.runs() or kept != keeper.kept():
+        keeper.stop()
+        keeper.keep(kept)
+        if kept:
+            keeper.start(child_environ({}, deployment.home))
 
 
 def _start(
@@ -245,6 +301,12 @@ def _store_environ(deployment: Deployment) -> dict[str, str]:
 
 def _stop(home: Path, services: Iterable[str], on_progress: Progress = lambda _service, _step: None) -> None:
     wanted = set(services)
+    keeper = Keeper(home)
+    if left := keeper.kept() - wanted:
+        keeper.keep(left)
+    elif keeper.kept():
+        keeper.keep(())
+        keeper.stop()
     for name, service in ((AIRFLOW, Airflow(home)), (STORE, Ceph(home))):  # tasks write to the store
         if name in wanted:
             on_progress(name, "stopping")
@@ -252,8 +314,14 @@ def _stop(home: Path, services: Iterable[str], on_progress: Progress = lambda _s
             on_progress(name, "stopped")
 
 
+class _Busy(ServiceError):
+    """Somebody else starts or stops services now."""
+
+
 @contextmanager
-def _locked(home: Path, on_progress: Progress) -> Iterator[None]:
+def _locked(
+    home: Path, on_progress: Progress = lambda _service, _step: None, wait_s: float = LOCK_S
+) -> Iterator[None]:
     """One ``up`` or ``down`` at a time; the kernel frees the lock of a process that dies."""
     with (home / "services.lock").open("w") as f:
         began = time.monotonic()
@@ -262,10 +330,8 @@ def _locked(home: Path, on_progress: Progress) -> Iterator[None]:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - began > LOCK_S:
-                    raise ServiceError(
-                        f"another start or stop has held {f.name} for {LOCK_S:.0f} s"
-                    ) from None
+                if time.monotonic() - began >= wait_s:
+                    raise _Busy(f"another start or stop has held {f.name} for {wait_s:.0f} s") from None
                 on_progress("services", "waiting for another start or stop")
                 time.sleep(0.5)
         yield

@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ APPROVER = "ops"
 AUTO_APPROVER = "demo-auto-approver"  # can decide only where FLYWHEEL_APPROVERS names it: in the demo
 USERS = {"admin": "admin", APPROVER: "op", AUTO_APPROVER: "op", "viewer": "viewer"}  # name: role
 POOLS = {"trainer": (1, "stages that use every core: one at a time")}
+WORKER = "airflow worker -- LocalExecutor"  # the title of what runs one task after another
 START_S = 240.0
 STOP_S = 12.0
 
@@ -99,18 +100,10 @@ class Airflow:
         ``store`` names that store, for ``bound_to``.
         """
         on_progress("starting")
-        (self.dir / "store").write_text(store)
-        for name, args in PROCESSES.items():
+        self.bind(store)
+        for name in PROCESSES:
             if process.running(self.run, name) is None:
-                process.start(
-                    name,
-                    [sys.executable, "-m", "airflow", *args],
-                    mark=self.mark,
-                    run_dir=self.run,
-                    log=self.logs / f"airflow-{name}.log",
-                    env=self._environ(env),
-                    cwd=self.dir,
-                )
+                self._start(name, env)
         began = time.monotonic()
         waiting = ""
         while sick := [part for part, ok in self.health().items() if not ok]:
@@ -143,11 +136,54 @@ class Airflow:
             else:
                 return
 
+    def revive(self, env: Mapping[str, str], due: Callable[[str], bool]) -> list[str]:
+        """Start again what died, where ``due`` says so, and end what it left behind; what was started.
+
+        A task that ran when the scheduler died runs on until Airflow hears of it. The workers around it wait
+        for ever for a scheduler that is dead.
+        """
+        dead = [n for n in PROCESSES if process.running(self.run, n) is None]
+        started = [n for n in dead if due(n)]
+        for name in started:
+            if name != "scheduler" and (gone := process.remembered(self.run, name)) is not None:
+                left = (p for p in process.marked(self.mark) if process.session_of(p) == gone.pid)
+                process.stop(left, timeout_s=2.0)
+            self._start(name, env)
+        return started
+
+    def end_orphans(self) -> int:
+        """End workers that wait for a scheduler that is dead; how many."""
+        scheduler = process.running(self.run, "scheduler")
+        orphans = [
+            p
+            for p in process.marked(self.mark)
+            if (title := process.title_of(p)).startswith(WORKER)
+            and title.endswith("<idle>")
+            and (scheduler is None or process.parent_of(p) != scheduler.pid)
+        ]
+        process.stop(orphans, timeout_s=2.0)
+        return len(orphans)
+
+    def _start(self, name: str, env: Mapping[str, str]) -> None:
+        process.start(
+            name,
+            [sys.executable, "-m", "airflow", *PROCESSES[name]],
+            mark=self.mark,
+            run_dir=self.run,
+            log=self.logs / f"airflow-{name}.log",
+            env=self._environ(env),
+            cwd=self.dir,
+        )
+
     def down(self) -> None:
         """Stop it with every task it runs; a task gets SIGTERM first, so that training can checkpoint."""
         found = [p for n in PROCESSES if (p := process.running(self.run, n)) is not None]
         process.stop(found, STOP_S)
         process.end_marked(self.mark, STOP_S)
+
+    def bind(self, store: str) -> None:
+        """Name the store that it is started for next."""
+        (self.dir / "store").write_text(store)
 
     def bound_to(self) -> str:
         """The store that it was last started for."""
@@ -268,8 +304,22 @@ class Airflow:
                 "api_auth": {
                     "jwt_secret": old.get("api_auth", "jwt_secret", fallback=secrets.token_urlsafe(64))
                 },
-                # At the default of 5 s an approval that is answered at once can fail its task.
-                "workers": {"min_heartbeat_interval": "1"},
+                "workers": {
+                    # At the default of 5 s an approval that is answered at once can fail its task.
+                    "min_heartbeat_interval": "1",
+                    # An API server that died is back in half a minute, on a busy machine in two. By default
+                    # every task gives up after 10 s, and all its attempts with it.
+                    "execution_api_retries": "30",
+                    "execution_api_retry_wait_max": "8",
+                    "max_failed_heartbeats": "60",
+                },
+                # What a process that was killed had in hand is noticed in two minutes and not in five.
+                "scheduler": {
+                    "orphaned_tasks_check_interval": "15",
+                    "task_instance_heartbeat_timeout": "120",
+                    "task_queued_timeout": "300",
+                    "task_queued_timeout_check_interval": "30",
+                },
                 "dag_processor": {
                     "dag_bundle_config_list": json.dumps([bundle]),
                     "refresh_interval": "30",

@@ -65,13 +65,18 @@ def start(
     return process
 
 
-def running(run_dir: Path, name: str) -> Process | None:
-    """The remembered process, if it is alive."""
+def remembered(run_dir: Path, name: str) -> Process | None:
+    """The process that was started last under this name, dead or alive."""
     try:
-        process = Process(**loads((run_dir / f"{name}.json").read_text()))
+        return Process(**loads((run_dir / f"{name}.json").read_text()))
     except (FileNotFoundError, JSONDecodeError, TypeError):
         return None
-    return process if alive(process) else None
+
+
+def running(run_dir: Path, name: str) -> Process | None:
+    """The remembered process, if it is alive."""
+    process = remembered(run_dir, name)
+    return process if process is not None and alive(process) else None
 
 
 def alive(process: Process) -> bool:
@@ -124,6 +129,31 @@ def marked(mark: str, variable: str = MARK) -> Iterator[Process]:
         ticks = _start_ticks(int(entry.name))
         if ticks is not None:
             yield Process(mark, int(entry.name), ticks, _boot())
+
+
+def session_of(process: Process) -> int | None:
+    """The pid of its session's leader, who may be dead: each process started here leads one of its own."""
+    try:
+        return int(Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()[3])
+    except OSError:
+        return None
+
+
+def parent_of(process: Process) -> int | None:
+    """The pid of its parent; that of whoever adopted it if its own is dead."""
+    try:
+        return int(Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def title_of(process: Process) -> str:
+    """Its command line as it shows it now."""
+    try:
+        text = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return text.replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def end_marked(mark: str, timeout_s: float, variable: str = MARK) -> None:

@@ -20,10 +20,12 @@ import pytest
 
 from flywheel import services
 from flywheel.config import Deployment
+from flywheel.doctor import Health, examine
 from flywheel.errors import ServiceError
 from flywheel.services import process
-from flywheel.services.airflow import Airflow
+from flywheel.services.airflow import WORKER, Airflow
 from flywheel.services.ceph import Ceph
+from flywheel.services.keeper import Keeper
 from flywheel.store import EMBEDDED_FILE, Store, embedded_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -108,50 +110,49 @@ def test_second_start_changes_nothing(home: Path) -> None:
     assert saved.secret_key not in repr(again)
 
 
-def test_store_killed_in_the_middle_loses_nothing_acknowledged(
+def test_store_killed_in_the_middle_comes_back_by_itself_with_all_that_was_acknowledged(
     home: Path, store_of: Callable[[], Store]
 ) -> None:
     store = store_of()
     for n in range(50):
         store.put(f"crash/{n}", b"%d" % n)
-    for p in process.marked(Ceph(home).mark):
+    killed = set(process.marked(Ceph(home).mark))
+    for p in killed:
         os.kill(p.pid, signal.SIGKILL)
-    assert wait_until(lambda: not any(Ceph(home).status().values()), 10)
-    Ceph(home).up(quiet)
+    assert wait_until(lambda: Ceph(home).is_up() and not killed & set(process.marked(Ceph(home).mark)), 120)
+    services.up(home, with_airflow=False)  # waits for whoever starts something
     store = store_of()
     assert [store.get(f"crash/{n}") for n in range(50)] == [b"%d" % n for n in range(50)]
     assert store.get("kept") == b"acknowledged"
 
 
 def test_ports_that_somebody_took_meanwhile_are_replaced(home: Path, store_of: Callable[[], Store]) -> None:
-    ceph = Ceph(home)
-    ceph.down()
+    services.down(home)
     old = json.loads((home / "ceph" / "ports.json").read_text())
     with socket.socket() as gateway, socket.socket() as monitor:
         for taken, use in ((gateway, "rgw"), (monitor, "mon_v2")):
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(("127.0.0.1", old[use]))
             taken.listen()
-        ceph.up(quiet)
+        services.up(home, with_airflow=False)
     new = json.loads((home / "ceph" / "ports.json").read_text())
     assert new["rgw"] != old["rgw"]
     assert new["mon_v2"] != old["mon_v2"]
     assert store_of().get("kept") == b"acknowledged"
 
 
-def test_pid_that_now_belongs_to_somebody_else_is_left_alone(home: Path) -> None:
-    run = home / "ceph" / "run"
-    real = (run / "radosgw.json").read_text()
+def test_pid_that_now_belongs_to_somebody_else_is_left_alone(home: Path, tmp_path: Path) -> None:
+    real = (home / "ceph" / "run" / "radosgw.json").read_text()
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / "radosgw.json").write_text(json.dumps({**json.loads(real), "pid": bystander.pid}))
     try:
-        (run / "radosgw.json").write_text(json.dumps({**json.loads(real), "pid": bystander.pid}))
-        assert process.running(run, "radosgw") is None
+        assert process.running(tmp_path, "radosgw") is None
         assert bystander.poll() is None
     finally:
-        (run / "radosgw.json").write_text(real)
         bystander.communicate(b"\n", timeout=10)
     assert bystander.returncode == 0
-    assert process.running(run, "radosgw") is not None
+    (tmp_path / "radosgw.json").write_text(real)
+    assert process.running(tmp_path, "radosgw") is not None
 
 
 def test_airflow_starts_beside_a_running_store_and_answers_those_who_may_ask(home: Path) -> None:
@@ -204,6 +205,39 @@ def test_store_credentials_reach_the_tasks_environment(home: Path) -> None:
     environ = Path(f"/proc/{scheduler.pid}/environ").read_bytes().split(b"\0")
     assert f"AWS_SECRET_ACCESS_KEY={saved.secret_key}".encode() in environ
     assert f"FLYWHEEL_HOME={home}".encode() in environ
+
+
+def test_a_killed_scheduler_is_started_again_and_its_workers_do_not_stay(home: Path) -> None:
+    """Its idle workers would wait for ever: nobody tells them that it is dead."""
+    airflow = Airflow(home)
+    killed = process.running(airflow.run, "scheduler")
+    assert killed is not None
+
+    def workers() -> list[process.Process]:
+        return [p for p in process.marked(airflow.mark) if process.title_of(p).startswith(WORKER)]
+
+    orphans = workers()
+    assert orphans
+    os.kill(killed.pid, signal.SIGKILL)
+    assert wait_until(lambda: process.running(airflow.run, "scheduler") not in (None, killed), 30)
+    assert wait_until(lambda: not any(process.alive(p) for p in orphans), 30)
+    new = process.running(airflow.run, "scheduler")
+    assert new is not None
+    assert wait_until(lambda: workers() and {process.parent_of(p) for p in workers()} == {new.pid}, 60)
+    assert [r.name for r in Keeper(home).restarts(0.0)][-1] == "scheduler"
+
+
+def test_a_killed_keeper_is_told_and_the_next_up_starts_it(home: Path) -> None:
+    deployment = Deployment.from_env({"FLYWHEEL_HOME": str(home)})
+    keeper = process.running(home / "keeper", "keeper")
+    assert keeper is not None
+    os.kill(keeper.pid, signal.SIGKILL)
+    assert wait_until(lambda: not services.status(home)[services.KEEPER][services.KEEPER], 10)
+    (found,) = [f for f in examine(deployment) if f.name == "keeper"]
+    assert found.health is Health.WARNING
+    assert "nothing starts again what dies of airflow, store; `flywheel up`" in found.what
+    assert services.up(home).started == ()
+    assert services.status(home)[services.KEEPER][services.KEEPER]
 
 
 def test_down_stops_all_of_it_orphans_too_and_twice_is_no_error(home: Path) -> None:

@@ -125,6 +125,76 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in path.read_text()
 
 
+def test_what_the_checkouts_own_dvc_lock_lists_is_not_finished_in_a_turn(
+    checkout: Path, home: Deployment, store: Store, tmp_path: Path
+) -> None:
+    """A developer's runs leave one behind; a turn that believed it would save what it never made."""
+    lock = "".join(f"  {stage}:\n    cmd: earlier\n" for stage in STAGES)
+    (checkout / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{lock}")
+    fail_on_a_robot(store, tmp_path, 1)
+    assert open_turn("turn-a", force=True) is not None
+    with pytest.raises(StageError, match="curate has not finished"):
+        close_turn("turn-a")
+    assert close_turn("turn-a", ok=False).stages == ()
+
+
+TURN = """
+import sys
+from flywheel.turn import close_turn, open_turn, run_stage
+turn = sys.argv[1]
+assert open_turn(turn, force=True) is not None
+for stage in ("curate", "label"):
+    assert run_stage(turn, stage) == 0
+print(close_turn(turn, ok=False).experiment)
+"""
+
+
+def test_two_turns_at_once_and_a_developers_own_experiment_beside_them_are_all_listed(
+    checkout: Path, home: Deployment, store: Store, tmp_path: Path
+) -> None:
+    """DVC allows one run a workspace, and git one writer a ref: nobody may meet the others' locks."""
+    (checkout / "data" / "episodes" / "mine").mkdir(parents=True)
+    fail_on_a_robot(store, tmp_path, 1, 2)
+    mine = [sys.executable, "-m", "dvc", "exp", "run", "--name", "mine", "-S", "train.steps=99"]
+    commands = {
+        "mine": mine,
+        "turn-one": [sys.executable, "-c", TURN, "turn-one"],
+        "turn-two": [sys.executable, "-c", TURN, "turn-two"],
+    }
+
+    def begin(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            commands[name], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    running = {"mine": begin("mine")}
+    deadline = time.monotonic() + 240
+    while not ran(tmp_path):  # the developer's run is under way
+        assert running["mine"].poll() is None, running["mine"].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running["turn-one"] = begin("turn-one")
+    while not list(store.list("claimed/")):  # each turn has its own failures
+        assert running["turn-one"].poll() is None, running["turn-one"].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    fail_on_a_robot(store, tmp_path / "later", 3, 4)
+    running["turn-two"] = begin("turn-two")
+    said = {name: child.communicate(timeout=240)[0] for name, child in running.items()}
+    for name, child in running.items():
+        assert child.returncode == 0, said[name]
+    words = ("Unable to acquire lock", "rwlock", "cannot lock ref", "index.lock")
+    met = [word for word in words for text in said.values() if word in text]
+    assert met == [], said
+    shown = experiments(checkout, home)
+    assert set(shown) == set(commands)
+    steps = {name: data["params"]["params.yaml"]["data"]["train"]["steps"] for name, data in shown.items()}
+    assert steps["mine"] == 99
+    metrics = {name: data["metrics"]["data/curated/curate.json"]["data"] for name, data in shown.items()}
+    curated = {name: found["taken"] for name, found in metrics.items()}
+    assert curated == {"mine": 1, "turn-one": 2, "turn-two": 2}
+
+
 def test_sigterm_reaches_a_stage_and_a_failed_turn_is_an_experiment_too(
     checkout: Path, home: Deployment, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
