@@ -18,8 +18,8 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -331,10 +331,24 @@ def run(
 
     ``home`` is an empty directory. ``kill_store`` kills the real store, starts it again and says where it is.
     """
-    rng = np.random.default_rng(seed)
     disk = home / "disk"
     disk.mkdir(parents=True)
-    mounted = _mount(disk)
+    with _mounted(disk) as mounted:
+        return _run(home, disk, mounted, store, prefix, kills, seed, kill_store, most_s)
+
+
+def _run(
+    home: Path,
+    disk: Path,
+    mounted: bool,
+    store: EmbeddedStore,
+    prefix: str,
+    kills: int,
+    seed: int,
+    kill_store: Callable[[], EmbeddedStore] | None,
+    most_s: float,
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
     rig = Rig(disk / "spool", home / "truth.jsonl", store, prefix, seed)
     told = Told()
     proxy = Faulty(store, rig.words, _FAULT, _PORT)
@@ -365,13 +379,8 @@ def run(
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         rig.arena.close()
-    try:
-        found = _count(rig, at_last, home)
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(disk)], check=False)
     return {
-        **found,
+        **_count(rig, at_last, home),
         "kills": sum(told.kills.values()),
         **{f"kills_{r}": told.kills[r] for r in ROLES},
         "kills_at_steps": told.at_steps,
@@ -468,12 +477,19 @@ def _fill(disk: Path) -> None:
             f.write(bytes(1 << 16))
 
 
-def _mount(disk: Path) -> bool:
+@contextmanager
+def _mounted(disk: Path) -> Iterator[bool]:
+    """A small file system there; false where none may be mounted."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)]
     try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
-        return False
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=False)
 
 
 # ── the count ────────────────────────────────────────────────────────────────────────────────────────

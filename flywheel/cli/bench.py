@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -49,8 +50,13 @@ def bench(
         raise ConfigError(f"bench = {name!r}: not known; choose one of {', '.join(BENCHES)}")
     module_name, _, function = BENCHES[name].partition(":")
     module = import_module(module_name)
-    with redirect_stdout(sys.stderr):  # libraries print; standard output is the document's
-        doc = getattr(module, function)(full)
+    # Ended from outside, a benchmark takes down what it had put up.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with redirect_stdout(sys.stderr):  # libraries print; standard output is the document's
+            doc = getattr(module, function)(full)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     if hasattr(module, "table") and not json:  # a benchmark with more to say than its figures
         columns, lines = module.table(doc)
         rows(columns, lines, False)

@@ -43,7 +43,6 @@ def faults(full: bool = False) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="flywheel-faults-"))
     disk = SmallDisk(root / "spool")
     saved = {k: os.environ.get(k) for k in _NOWHERE}
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up then, too
     try:
         os.environ.update(_NOWHERE | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_closed_port()}"})
         with disk:
@@ -51,7 +50,6 @@ def faults(full: bool = False) -> dict[str, Any]:
         if full:
             seen += _on_the_twin(root)
     finally:
-        signal.signal(signal.SIGTERM, handler)
         for k, v in saved.items():
             os.environ.pop(k, None)
             if v is not None:
