@@ -370,7 +370,7 @@ def test_open_tracking_takes_the_rest_of_the_labs_budget_and_no_more(world: Worl
     def unlike(call: int, attempts: list[Attempted]) -> list[Attempted]:
         """As bad on the whole, but never in the same scenes."""
         noise = [
-            0.5 * np.random.default_rng([a.seed, i % 2]).standard_normal() for i, a in enumerate(attempts)
+            1.2 * np.random.default_rng([a.seed, i % 2]).standard_normal() for i, a in enumerate(attempts)
         ]
         return [
             a.model_copy(update={"tracking_p99_rad": 0.02 * math.exp(0.1 * (i % 2) + noise[i])})

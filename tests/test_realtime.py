@@ -137,7 +137,7 @@ def test_every_module_with_compiled_code_is_part_of_the_caches_name() -> None:
     edge = Path(compiled.__file__).parent
     users = {p.stem for p in edge.glob("*.py") if "\n@compiled\n" in p.read_text()}
     assert users <= set(compiled.MODULES)
-    assert {"system1", "tracking", "safety", "mode", "link"} <= users
+    assert {"tick", "tracking", "safety", "mode", "link"} <= users
 
 
 @pytest.mark.parametrize("name", ["nonsense", "no.such:thing", "flywheel.schema:nothing", ":", "os:"])

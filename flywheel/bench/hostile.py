@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -109,15 +110,32 @@ def sound_episode(parent: Path, seed: int = 0) -> Path:
         else:
             columns[f.name] = pa.array(np.zeros(ROWS, f.type.to_pandas_dtype()))
     columns["t_ns"] = pa.array(np.arange(ROWS) * 1_000_000)
+    path = _path(ROWS + ROWS // FRAMES)
+    columns["q"] = _vectors(path[:ROWS])
+    columns["dq"] = _vectors(np.gradient(path, 1e-3, axis=0)[:ROWS])
+    columns["q_ref"] = columns["q"]
+    period = ROWS * 1_000_000 // FRAMES
+    chunk, age = np.divmod(np.arange(ROWS) * 1_000_000, period)
+    columns["chunk_id"], columns["chunk_age_ns"] = pa.array(chunk), pa.array(age)
+    carries = (np.arange(ROWS) > ROWS // 4) & (np.arange(ROWS) < ROWS // 2)
+    columns["held"], columns["tool_cmd"] = (
+        pa.array(carries.astype(np.uint8)),
+        pa.array(carries.astype(np.float32)),
+    )
     control = pa.table(columns, schema=schema.control_schema(JOINTS))
     layout = schema.frames_schema(CAMERAS, STATE, CHUNK, ACTION)
-    period = ROWS * 1_000_000 // FRAMES
     columns = {"t_ns": pa.array(np.arange(FRAMES) * period)}
     for f in layout:
         if pa.types.is_fixed_size_list(f.type):
             values = pa.array(rng.normal(size=FRAMES * f.type.list_size).astype(np.float32))
             columns[f.name] = pa.FixedSizeListArray.from_arrays(values, f.type.list_size)
-    pictures = [simplejpeg.encode_jpeg(np.full((64, 64, 3), 9 * i, np.uint8), 90) for i in range(FRAMES)]
+    # The state follows the joints, and an action is where the operator wants it a moment later.
+    state = path[:: ROWS // FRAMES][:FRAMES, :STATE]
+    columns["state"] = _vectors(state)
+    columns["chunk"] = _vectors(np.zeros((FRAMES, CHUNK * ACTION)))  # the operator's frames have none
+    columns["action"] = _vectors(path[ROWS // FRAMES :: ROWS // FRAMES][:FRAMES, :ACTION])
+    scene = np.kron(rng.integers(30, 220, (8, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    pictures = [simplejpeg.encode_jpeg(np.roll(scene, 4 * i, axis=1), 90) for i in range(FRAMES)]
     columns |= {
         "image.wrist": pa.array(pictures, pa.binary()),
         "instruction": pa.array(["pick the red box"] * FRAMES),
@@ -154,6 +172,17 @@ def sound_episode(parent: Path, seed: int = 0) -> Path:
         files=(),
     )
     return parent / seal(parent, m, control, frames, events).episode_id
+
+
+def _path(rows: int) -> npt.NDArray[np.float64]:
+    """Joints that swing together: ``[rows, JOINTS]``, rad."""
+    t = np.arange(rows)[:, None] * 1e-3
+    return np.asarray(0.2 * np.sin(4.0 * t + np.arange(JOINTS)))
+
+
+def _vectors(values: npt.NDArray[np.float64]) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def _parquet(table: pa.Table, **options: Any) -> bytes:

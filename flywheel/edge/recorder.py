@@ -219,8 +219,7 @@ class Recorder:
         """The end: take what is left and seal what is open, shorter than asked for if need be."""
         sealed = self.poll(now_ns)
         self._history.close(now_ns)
-        to = self._rows_to()
-        for window in self._windows.end_all(now_ns if to is None else min(now_ns, to)):
+        for window in self._windows.end_all(now_ns, self._rows_to()):
             self._complete(window)
         for _ in range(2):  # what was under way, then the rest
             sealed += self._sealer.seal(now_ns, wait=True)

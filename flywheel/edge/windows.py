@@ -136,12 +136,13 @@ class Windows:
         self.open.remove(window)
         self.recorded_to = max(end_ns, self.recorded_to or end_ns)
 
-    def end_all(self, now_ns: int) -> list[Window]:
-        """Every open window, cut at ``now_ns``, but not before what triggered it."""
+    def end_all(self, now_ns: int, rows_to: int | None) -> list[Window]:
+        """Every open window, cut at ``now_ns`` and after the last row, but not before what triggered it."""
         found, self.open = self.open, []
         for window in found:
             told = max(t.t_ns for t in window.triggers) + 1
-            window.end = max(min(window.end, max(now_ns, told)), window.start)
+            last = now_ns if rows_to is None else min(now_ns, max(rows_to, told))
+            window.end = max(min(window.end, last), window.start)
             self.recorded_to = max(window.end, self.recorded_to or window.end)
         return found
 

@@ -165,7 +165,7 @@ def test_an_end_while_a_checkpoint_is_marked_as_the_last_leaves_the_one_before(
         (tmp_path / name).mkdir()
     mark_last(tmp_path / "000020")
 
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for step in ("symlink_to", "replace", "unlink", "rename"):

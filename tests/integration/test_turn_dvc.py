@@ -158,8 +158,9 @@ def test_two_turns_at_once_and_a_developers_own_experiment_beside_them_are_all_l
     mine = [sys.executable, "-m", "dvc", "exp", "run", "--name", "mine", "-S", "train.steps=99"]
     commands = {
         "mine": mine,
-        "turn-one": [sys.executable, "-c", TURN, "turn-one"],
-        "turn-two": [sys.executable, "-c", TURN, "turn-two"],
+        # -P: not the checkout's own copy of the package, of which it has a part
+        "turn-one": [sys.executable, "-P", "-c", TURN, "turn-one"],
+        "turn-two": [sys.executable, "-P", "-c", TURN, "turn-two"],
     }
 
     def begin(name: str) -> subprocess.Popen[str]:
