@@ -131,7 +131,7 @@ def recorder(full: bool = False) -> dict[str, Any]:
         figures = _on_the_control_path(robot, 400_000 if full else 100_000)
         figures |= _beside_it(robot, home / "beside", 60.0 if full else 20.0)
         episode = max((home / "beside").glob("*/control.parquet"), key=lambda p: p.stat().st_size).parent
-        figures |= _to_the_disk(episode, home, 12 if full else 5)
+        figures |= _to_the_disk(episode, home, 60 if full else 21)
         figures |= _to_the_store(episode, home, 12 if full else 4, notes)
         figures |= _lerobot(300 if full else 60, notes)
     finally:
