@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from flywheel.schema import FileEntry, Manifest
 
 MANIFEST_BYTES_MAX = 1 << 20
 SYNC_BYTES = 8 << 20  # brought to disk at a time while an episode is written
+READ_BYTES, READ_PAUSE_S = 1 << 20, 5e-4  # what follows a file that is written
 GAP_PERIODS = 1.5  # farther apart than this, at least one row is missing
 
 
@@ -204,56 +205,61 @@ def _partial(parent: Path, episode_id: str) -> Path:
     return parent / f".{episode_id}.partial"
 
 
-class _HashingFile(io.RawIOBase):
-    """A file that knows the sha256 of what was written, so that nothing is read back.
+class _Follower:
+    """Reads a file while it is written, for its sha256, and brings to disk what there is.
 
-    One thread hashes and another brings to disk what there is, while the next page is encoded. Sealing is
-    then about as quick as the slowest of the three (``flywheel bench recorder``).
+    What was just written is still in memory, and Arrow writes it without Python's lock, so that encoding,
+    hashing and the disk go on at the same time. Sealing is then about as quick as the slowest of them
+    (``flywheel bench recorder``).
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self.size = 0
         self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "seal-hash")
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_CREAT, 0o644)
+        self._whole = threading.Event()
         self._syncer = ThreadPoolExecutor(1, "seal-sync")
         self._syncs: list[Future[None]] = []
-        self.size = self._synced = 0
+        self._reader = ThreadPoolExecutor(1, "seal-hash")
+        self._read = self._reader.submit(self._follow)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The file is whole (or given up): read the rest, and bring it to disk."""
+        self._whole.set()
+        try:
+            self._reader.shutdown()
+            self._syncer.shutdown()
+            if kind is None:
+                self._read.result()
+                for sync in self._syncs:
+                    sync.result()  # a disk says only once that it lost something
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
 
     @property
     def sha256(self) -> str:
-        """Of the closed file."""
+        """Of the whole file."""
         return self._hash.hexdigest()
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        piece = bytes(data)  # a copy where it is not bytes already: the caller may use its buffer again
-        self._file.write(piece)
-        self._hasher.submit(self._hash.update, piece)
-        self.size += len(piece)
-        if self.size - self._synced > SYNC_BYTES:
-            self._file.flush()
-            self._syncs.append(self._syncer.submit(os.fdatasync, self._file.fileno()))
-            self._synced = self.size
-        return len(piece)
-
-    def tell(self) -> int:
-        return self.size
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            with self._file as f:
-                f.flush()
-                for sync in self._syncs:
-                    sync.result()  # a disk says only once that it lost something
-                os.fsync(f.fileno())
-        finally:
-            self._syncer.shutdown()
-            self._hasher.shutdown()
-            super().close()
+    def _follow(self) -> None:
+        piece = memoryview(bytearray(READ_BYTES))
+        synced = 0
+        while True:
+            whole = self._whole.is_set()  # asked first: then what is read until the end is all
+            if count := os.preadv(self._fd, [piece], self.size):
+                self._hash.update(piece[:count])
+                self.size += count
+            elif whole:
+                return
+            else:
+                self._whole.wait(READ_PAUSE_S)
+            if self.size - synced > SYNC_BYTES:
+                self._syncs.append(self._syncer.submit(os.fdatasync, self._fd))
+                synced = self.size
 
 
 # Columns of few distinct values. The rest are floats that hardly repeat, and images.
@@ -264,7 +270,7 @@ _DICTIONARY |= {"instruction", "policy_digest", "kind", "name"}
 def _write_table(path: Path, table: pa.Table) -> FileEntry:
     names = table.schema.names
     plain = [n for n in names if n not in _DICTIONARY]
-    with _HashingFile(path) as f:
+    with _Follower(path) as follower, pa.OSFile(str(path), "wb") as f:
         pq.write_table(
             table,
             f,
@@ -279,7 +285,7 @@ def _write_table(path: Path, table: pa.Table) -> FileEntry:
             write_statistics=[_leaf(table, n) for n in names if not n.startswith("image.")],
             write_page_checksum=True,
         )
-    return FileEntry(name=path.name, rows=table.num_rows, bytes=f.size, sha256=f.sha256)
+    return FileEntry(name=path.name, rows=table.num_rows, bytes=follower.size, sha256=follower.sha256)
 
 
 def _leaf(table: pa.Table, name: str) -> str:
