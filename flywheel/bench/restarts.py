@@ -14,8 +14,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,7 +32,8 @@ from flywheel.claims import Claims, backlog
 from flywheel.config import Deployment
 from flywheel.edge.bench import machine
 from flywheel.edge.spool import Spool
-from flywheel.errors import FlywheelError, NotFound, ServiceError, StageError
+from flywheel.errors import FlywheelError, NotFound, ServiceError
+from flywheel.experiments import experiments
 from flywheel.rehearsal.checkouts import git, make_checkout
 from flywheel.rehearsal.reporting import ReportingFleet
 from flywheel.services import process
@@ -342,7 +341,7 @@ def _count(run: Run) -> dict[str, int]:
             curated.update(set(_dataset(store, run.checkout, result)) if result else ())
         except FlywheelError as e:
             run.notes.append(f"{name}: {e}")
-    shown = _shown(run.checkout)
+    shown = {e.turn for e in experiments(run.checkout)}
     runs = approvals.runs(airflow, 100)
     tasks = [(r, t) for r in runs for t in approvals.run(airflow, r.run_id).tasks]
     stuck = [(r, t) for r, t in tasks if t.state not in ENDED]
@@ -399,20 +398,6 @@ def _dataset(store: Store, checkout: Path, result: TurnResult) -> list[str]:
     listed = json.loads(store.get(f"dvc/files/md5/{md5[:2]}/{md5[2:]}"))
     inner = next(e["md5"] for e in listed if e["relpath"] == "episodes.json")
     return list(json.loads(store.get(f"dvc/files/md5/{inner[:2]}/{inner[2:]}")))
-
-
-def _shown(checkout: Path) -> set[str]:
-    """The experiments that ``dvc exp show`` lists."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise StageError(f"dvc exp show: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-    return {e["name"] for c in json.loads(done.stdout) for e in c.get("experiments") or () if e.get("name")}
 
 
 def _having(variable: str) -> Iterator[process.Process]:
