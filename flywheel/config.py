@@ -222,7 +222,7 @@ class ExportSettings(Section):
 class GateSettings(Section):
     """What a candidate must show."""
 
-    shift: str = "factory"  # where the failures came from
+    shift: str = "factory"  # where the failures came from; "": where most of this turn's did
     twin: str = ""  # file of the twin's identified parameters (`flywheel twin identify`); "": the model's own
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab

@@ -93,8 +93,8 @@ def _download(store: Store, t: EarlierTurn, into: Path) -> None:
         what = "nothing" if not fresh.exists() else digest[:12]
         shutil.rmtree(fresh, ignore_errors=True)
         raise IntegrityError(
-            f"{prefix}: holds {what}, not the dataset that {t.turn} was trained on: restore it from a backup, "
-            f"or from data/curated/dataset in the workspace of {t.turn}"
+            f"{prefix}: holds {what}, not the dataset that {t.turn} was trained on: restore it from a "
+            f"backup, or from data/curated/dataset in the workspace of {t.turn}"
         )
     fresh.rename(into / t.dataset)
 

@@ -43,6 +43,6 @@ def success_by_turn(lines: Lines, shifts: Sequence[str], taught: Mapping[str, in
         axes.set_ylim(-3, 103)
     panels[0].set_ylabel("success, %")
     figure.supxlabel("after turn")
-    if len(lines) > 1:
+    if len(lines) > 1 and panels[-1].get_legend_handles_labels()[0]:
         panels[-1].legend(loc="lower right")
     return figure

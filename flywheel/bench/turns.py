@@ -2,9 +2,9 @@
 
 From the base policy, each way (``CHOICES``) turns the wheel in every shift of ``SHIFTS`` after the other. Its
 own policy collects the failures of its next turn; in the first turn all have the base policy's. ``coverage``
-and ``random`` may take ``SHARE`` of the episodes that could be used, ``all`` takes all. Stages, settings and the
-replay of earlier turns are the product's. Every policy is then tried on the same scenes in every shift, so any
-two are compared pair by pair.
+and ``random`` may take ``SHARE`` of the episodes that could be used, ``all`` takes all. Stages, settings and
+the replay of earlier turns are the product's. Every policy is then tried on the same scenes in every shift,
+so any two are compared pair by pair.
 
 What this shows holds for one training run by way and turn: the intervals are of the scenes, and do not hold
 what another seed of the training would change.
@@ -34,9 +34,10 @@ from flywheel.schema import Proportion
 from flywheel.stats import paired_difference, wilson
 from flywheel.turn import BASE_POLICY
 from flywheel.turn_plot import success_by_turn
+from flywheel.twin.shift import SUCCESSION
 from flywheel.workspace import source_checkout
 
-SHIFTS = ("dim", "table", "factory")  # the base policy fails in each of them
+SHIFTS = SUCCESSION
 LAB = "lab"
 CHOICES = ("coverage", "random", "all")
 OURS, RANDOM, ALL = CHOICES
