@@ -25,7 +25,7 @@ from flywheel.evaluate import PairedResult, paired
 from flywheel.fleet import IDLE, SITE, WORK, Fleet, robot_names
 from flywheel.release import Publisher
 from flywheel.report import write_report
-from flywheel.schema import BUNDLE_FILES, Group, RobotReport
+from flywheel.schema import BUNDLE_FILES, Group, Release, RobotReport
 from flywheel.services.airflow import AUTO_APPROVER, Airflow
 from flywheel.store import Store
 from flywheel.succession import Taught, success_of, succession
@@ -110,8 +110,7 @@ def run(out: Path, *, manual: bool = False, turns: int = 1) -> dict[str, Any]:
             before = _collect(fleet, settings, clock)
             turned = _turn(fleet, Airflow(home), clock, manual)
             _require_done(turned, store, home)
-            stable = publisher.current(Group.STABLE)
-            assert stable is not None
+            stable = _stable(publisher)
             robots = _arrived(fleet, store, stable.digest, clock)
             taught.append(Taught(turned["turn"], shift, stable.digest))
         fleet_counts = {r: dict(c) for r, c in fleet.poll().counts.items()}
@@ -306,6 +305,12 @@ def _require_done(turned: dict[str, Any], store: Store, home: Path) -> None:
         result = result_of(turned["turn"], store)
         what = f"was not released: {result.verdict}: {'; '.join(result.reasons) or 'see the rollout'}"
     raise StageError(f"{turned['turn']} {what}; logs are in {home / 'logs'}")
+
+
+def _stable(publisher: Publisher) -> Release:
+    found = publisher.current(Group.STABLE)
+    assert found is not None
+    return found
 
 
 def _arrived(fleet: Fleet, store: Store, digest: str, clock: Clock) -> list[RobotReport]:

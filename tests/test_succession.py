@@ -113,8 +113,8 @@ def write_study(out: Path, turns: int = 3) -> None:
             put(out / choice / f"turn-{k}" / "success.json", {"policy": "p", "solved": solved})
             pools = {"new": {"frames": 10, "share": 1.0, "datasets": ["d"]}}
             learned = {"candidates": 110, "usable": 100, "taken": 100 if choice == "all" else 40}
-            learned |= {"held_out": 10, "frames": 900, "train": {"pools": pools, "loss": 0.1}}
-            put(out / choice / f"turn-{k}" / "learn.json", learned)
+            trained = {"held_out": 10, "frames": 900, "train": {"pools": pools, "loss": 0.1}}
+            put(out / choice / f"turn-{k}" / "learn.json", learned | trained)
 
 
 def test_the_bars_are_the_differences_that_were_asked_for(tmp_path: Path) -> None:
@@ -185,13 +185,14 @@ def test_the_plot_shows_each_rate_with_its_interval_in_its_shifts_panel() -> Non
     }
     figure = success_by_turn({"policy": rates}, ["dim", "lab"], {"dim": 1})
     dim, lab = figure.axes
+    drawn: list[Any] = [dim.containers[0], lab.containers[0]]
     assert (dim.get_title(), lab.get_title()) == ("dim (turn 1)", "lab")
-    points = dim.containers[0].lines
+    points = drawn[0].lines
     assert list(points[0].get_ydata()) == pytest.approx([0.0, 80.0])
     ends = [y for segment in points[2][0].get_segments() for y in segment[:, 1]]
     p = wilson(40, 50)
     assert ends[2:] == pytest.approx([100 * p.low, 100 * p.high])
-    assert list(lab.containers[0].lines[0].get_ydata()) == [100.0]
+    assert list(drawn[1].lines[0].get_ydata()) == [100.0]
 
 
 def test_a_report_of_one_turn_has_no_such_plot() -> None:
