@@ -115,13 +115,13 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
     assert weights.startswith((home.home / "runs/turn-one/data/checkpoint/weights").read_text())
     # And is trained on what the first one was, too: by content, from the store.
     earlier = home.home / "runs/turn-two/data/earlier"
-    ((before, dataset),) = read_earlier(earlier)
-    assert (before.turn, before.policy) == ("turn-one", first.candidate_digest)
+    ((ancestor, dataset),) = read_earlier(earlier)
+    assert (ancestor.turn, ancestor.policy) == ("turn-one", first.candidate_digest)
     curated = (workspace / "data/curated/dataset/episodes.json").read_text()
     assert (dataset / "episodes.json").read_text() == curated
     assert weights.endswith(f"~{curated}")
     listed_in = json.loads(git(checkout, "show", f"{second.experiment}:data/earlier/earlier.json"))
-    assert [t["dataset"] for t in listed_in["turns"]] == [before.dataset]
+    assert [t["dataset"] for t in listed_in["turns"]] == [ancestor.dataset]
 
     shown = experiments(checkout, home)
     assert set(shown) == {"turn-one", "turn-two"}
