@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flywheel.bench import turns as study
-from flywheel.bench.turn_steps import Learn, Record
+from flywheel.bench.turn_steps import Demonstrate, Learn, Record
 from flywheel.config import GateSettings, Settings
-from flywheel.errors import ConfigError
+from flywheel.errors import ConfigError, StageError
 from flywheel.evaluate import Scenario
 from flywheel.gate import in_shift_of
 from flywheel.report import _by_turn
@@ -173,6 +174,72 @@ def test_a_study_that_was_ended_shows_what_it_knows_and_no_bar_that_it_does_not(
     assert study.turns(out=tmp_path)["bars"] == doc["bars"]
     with pytest.raises(ConfigError, match=r"holds no study.*add --full"):
         study.turns(out=tmp_path / "none")
+
+
+STEP = """
+import os, pathlib, sys, time
+name, out = sys.argv[1:]
+with open(out + ".ran", "a") as f:
+    f.write(f"{os.getpid()}\\n")
+if name == "hangs" and not pathlib.Path(out + ".let-go").exists():
+    time.sleep(600)
+if name == "fails":
+    sys.exit(3)
+pathlib.Path(out).write_text("{}")
+"""
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[study.Step]:
+    """Steps whose processes are tiny: one that is done at once, one that hangs, one that comes after it."""
+    nothing = Demonstrate("", "")
+
+    def command(task: Demonstrate, result: Path) -> list[str]:
+        return [sys.executable, "-c", STEP, result.stem, str(result)]
+
+    monkeypatch.setattr(study.turn_steps, "command", command)
+    monkeypatch.setattr(study, "LOOK_S", 0.01)
+    monkeypatch.setattr(study, "_publish", lambda out: {})
+    names = {"quick": (), "hangs": (), "after": ("quick", "hangs")}
+    return [study.Step(name, needs, nothing) for name, needs in names.items()]
+
+
+def ran(out: Path, name: str) -> list[int]:
+    path = out / f"{name}.json.ran"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def test_a_study_that_is_ended_leaves_no_process_and_goes_on_without_repeating_what_was_done(
+    steps: list[study.Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(seconds: float) -> None:
+        if (tmp_path / "quick.json").exists() and ran(tmp_path, "hangs"):
+            raise KeyboardInterrupt  # what SIGTERM is to a benchmark
+
+    with monkeypatch.context() as m:
+        m.setattr(study.time, "sleep", look)
+        with pytest.raises(KeyboardInterrupt):
+            study._work(steps, tmp_path, ROOT)
+    (hanging,) = ran(tmp_path, "hangs")
+    assert not Path(f"/proc/{hanging}").exists()
+    assert not ran(tmp_path, "after"), "it began before what it needs was there"
+    (tmp_path / "hangs.json.let-go").touch()
+    study._work(steps, tmp_path, ROOT)
+    assert [len(ran(tmp_path, s.name)) for s in steps] == [1, 2, 1]
+    assert all(s.result(tmp_path).exists() for s in steps)
+
+
+def test_a_step_that_fails_time_and_again_is_named_and_the_others_are_done(
+    steps: list[study.Step], tmp_path: Path
+) -> None:
+    (tmp_path / "hangs.json.let-go").touch()
+    bad = study.Step("fails", (), steps[0].task)
+    waits = study.Step("waits", ("fails",), steps[0].task)
+    with pytest.raises(StageError, match=r"fails failed 3 times: see .*fails\.log; the study goes on"):
+        study._work([bad, waits, *steps], tmp_path, ROOT)
+    assert len(ran(tmp_path, "fails")) == 3
+    assert not ran(tmp_path, "waits")
+    assert all(s.result(tmp_path).exists() for s in steps)
 
 
 # ── what is drawn ────────────────────────────────────────────────────────────────────────────────────
