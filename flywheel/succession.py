@@ -25,11 +25,13 @@ class Taught:
 
 
 def succession(settings: Settings, turns: int) -> tuple[str, ...]:
-    """The shifts of so many turns: the last of ``SUCCESSION``, which end with where the fleet works."""
-    found = (*(s for s in SUCCESSION if s != settings.twin.shift), settings.twin.shift)
+    """The shifts of so many turns: of ``SUCCESSION`` from where the fleet works on, or earlier to have room."""
+    here = settings.twin.shift
+    found = SUCCESSION if here in SUCCESSION else (here, *SUCCESSION)
     if not 1 <= turns <= len(found):
         raise ConfigError(f"--turns {turns}: must be 1 to {len(found)}, a shift for each: {', '.join(found)}")
-    return found[-turns:]
+    first = min(found.index(here), len(found) - turns)
+    return found[first : first + turns]
 
 
 def success_of(

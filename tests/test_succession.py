@@ -25,15 +25,15 @@ from flywheel.twin.shift import SHIFTS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_one_turn_is_where_the_fleet_works_and_several_end_there() -> None:
+def test_one_turn_is_where_the_fleet_works_and_several_go_on_from_there() -> None:
     settings = Settings.load(ROOT / "params.yaml")
-    assert succession(settings, 1) == (settings.twin.shift,)
-    assert succession(settings, 2) == ("table", "factory")
-    assert succession(settings, 3) == ("dim", "table", "factory")
+    assert succession(settings, 1) == (settings.twin.shift,) == ("factory",)
+    assert succession(settings, 2) == ("factory", "warehouse")
+    assert succession(settings, 3) == ("dim", "factory", "warehouse")
     with pytest.raises(ConfigError, match="--turns 4: must be 1 to 3"):
         succession(settings, 4)
     elsewhere = settings.model_copy(update={"twin": settings.twin.model_copy(update={"shift": "table"})})
-    assert succession(elsewhere, 3) == ("dim", "factory", "table")
+    assert succession(elsewhere, 3) == ("table", "dim", "factory")
 
 
 # ── the gate follows the robots ──────────────────────────────────────────────────────────────────────

@@ -47,11 +47,25 @@ FACTORY = Shift(
     mass_kg=0.08,
 )
 
+WAREHOUSE = Shift(
+    "warehouse",
+    light=(1.25, 1.6),
+    tint=(0.8, 0.92, 1.0),
+    table=(0.2, 0.4, 0.25),
+    texture=0.6,
+    camera_offset_m=(-0.015, 0.02, 0.0),
+    camera_tilt_rad=-0.09,
+    colours=("red", "green", "blue", "yellow"),
+    half_size_m=(0.016, 0.02),
+    mass_kg=0.06,
+)
+
 SHIFTS: dict[str, Shift] = {
     s.name: s
     for s in (
         LAB,
         FACTORY,
+        WAREHOUSE,
         Shift("dim", light=FACTORY.light, tint=FACTORY.tint),
         Shift("table", table=FACTORY.table, texture=FACTORY.texture),
         Shift("camera", camera_offset_m=FACTORY.camera_offset_m, camera_tilt_rad=FACTORY.camera_tilt_rad),
@@ -59,9 +73,9 @@ SHIFTS: dict[str, Shift] = {
     )
 }
 
-# Floors that a fleet may be brought to one after the other: the base policy fails in each, and whoever knows
-# the ones before still fails in the next.
-SUCCESSION = ("dim", "table", "factory")
+# Floors that a fleet may be brought to one after the other. The base policy fails in each, and so does one that
+# was taught the floors before (measured: 0 of 12 to 20 attempts; taught "dim", it solves "table" and "camera").
+SUCCESSION = ("dim", "factory", "warehouse")
 
 
 def shift(name: str) -> Shift:
