@@ -25,7 +25,10 @@ class Taught:
 
 
 def succession(settings: Settings, turns: int) -> tuple[str, ...]:
-    """The shifts of so many turns: of ``SUCCESSION`` from where the fleet works on, or earlier to have room."""
+    """The shifts of so many turns: of ``SUCCESSION``, from where the fleet works on if there is room.
+
+    Raises ``ConfigError`` for more turns than there are shifts.
+    """
     here = settings.twin.shift
     found = SUCCESSION if here in SUCCESSION else (here, *SUCCESSION)
     if not 1 <= turns <= len(found):

@@ -73,8 +73,8 @@ SHIFTS: dict[str, Shift] = {
     )
 }
 
-# Floors that a fleet may be brought to one after the other. The base policy fails in each, and so does one that
-# was taught the floors before (measured: 0 of 12 to 20 attempts; taught "dim", it solves "table" and "camera").
+# Floors that a fleet may be brought to one after the other. The base policy fails in each, and so does one
+# that was taught the floors before (0 of 12 to 20 attempts; taught "dim", it solves "table" and "camera").
 SUCCESSION = ("dim", "factory", "warehouse")
 
 
