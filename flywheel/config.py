@@ -412,8 +412,9 @@ class Deployment(Section):
     ``FLYWHEEL_SITE``       site name, default ``local``
     ``FLYWHEEL_ROBOT``      robot name, default the host's name
     ``FLYWHEEL_APPROVERS``  Airflow users who may approve a release, with commas; default ``ops``
-    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue: ``ray://host:10001``, ``auto`` (this
-                            machine's) or ``local`` (one of its own); default: this process scans
+    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue and looks at episodes for curation:
+                            ``ray://host:10001``, ``auto`` (this machine's) or ``local`` (one of its
+                            own); default: this process does it
     ======================  =====================================================================
 
     With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.
