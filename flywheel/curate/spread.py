@@ -15,7 +15,7 @@ from flywheel.config import CurateSettings
 from flywheel.curate.examine import Candidate, examine
 from flywheel.errors import ServiceError, StageError
 
-PARTITION = 16  # episodes: half a second's work, and a few MB of pictures that come back
+PARTITION = 8  # episodes: a quarter of a second of work, and a MB of pictures that come back
 UNSHARED = "no such directory on a worker: episodes must lie where every worker of the cluster sees them"
 
 OnProgress = Callable[[int, int], None]  # how many are done, of how many
