@@ -185,6 +185,37 @@ def poison_figures(found: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
+def changed(
+    sound: Sequence[Path], made: Sequence[Poisoned], root: Path, rounds: int, seed: int
+) -> dict[str, float]:
+    """Datasets made of the sound episodes and a tenth of poison, against the one of the sound alone: where
+    they are the same, byte for byte, the poison cannot change what is learned."""
+
+    def made_of(name: str, parts: Sequence[Path]) -> str:
+        inbox = root / name / "in"
+        inbox.mkdir(parents=True)
+        for i, d in enumerate(parts):
+            beside = inbox / d.name
+            shutil.copytree(
+                d, beside if not beside.exists() else inbox / f"{d.name}-{i}", copy_function=os.link
+            )
+        digest = run_stage(inbox, root / name / "out", SETTINGS).dataset_sha256
+        shutil.rmtree(root / name)
+        return digest
+
+    alone = made_of("alone", sound)
+    each = max(1, round(len(sound) * SHARE / (1 - SHARE)))
+    order = np.random.default_rng(seed).permutation(len(made))
+    starts = range(0, len(order), each)[:rounds]
+    others = [
+        made_of(f"poison{k}", [*sound, *(made[i].directory for i in order[k : k + each])]) for k in starts
+    ]
+    return {
+        "inputs_with_poison": float(len(others)),
+        "datasets_changed_by_poison": float(sum(d != alone for d in others)),
+    }
+
+
 # ── kills ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -286,6 +317,7 @@ def _document(
     candidates = [examine(d, SETTINGS) for d in sound]
     found = judge(candidates, [(p, examine(p.directory, SETTINGS)) for p in made])
     figures |= poison_figures(found)
+    figures |= changed(sound, made, root / "changed", 1000 if full else 3, seed=4)
     inbox = root / "inbox"
     inbox.mkdir()
     for d in [*sound[:10], *(p.directory for p in made[:2])]:
@@ -297,6 +329,7 @@ def _document(
     bars = {
         "examine_ratio_bare": (figures["examine_ratio_bare"], ">=", 0.5),
         "poison_found_all": (figures["poison_found_all"], ">=", 0.95),
+        "datasets_changed_by_poison": (figures["datasets_changed_by_poison"], "<=", 0.0),
         "differences_after_kills": (figures["differences_after_kills"], "<=", 0.0),
         "differences_of_two_at_once": (figures["differences_of_two_at_once"], "<=", 0.0),
     }
