@@ -16,6 +16,7 @@ from flywheel import approvals, rollout, turn, upkeep
 from flywheel.config import PARAMS_FILE, Deployment, Settings
 from flywheel.errors import StageError, StoreUnavailable
 from flywheel.keys import ROOT_FILE
+from flywheel.label import form
 from flywheel.release import Publisher
 from flywheel.schema import GateReport, Group, RolloutStage, Verdict
 from flywheel.store import Store
@@ -143,6 +144,25 @@ def outcome(name: str | None, rollout_id: str | None) -> str:
         return f"{name}: no rollout: the gate says {result.verdict}: {'; '.join(result.reasons)}"
     state = rollout.status(_fleet()[0], rollout_id).state
     return f"{name}: policy {result.candidate_digest[:12]}: {state.stage}: {state.reason}"
+
+
+def gather(run_id: str) -> dict[str, Any]:
+    """The form's questions and its text; skips where nothing is to be asked."""
+    found = form.make(Store.from_env(), run_id, _settings().label.budget)
+    if not found:
+        raise AirflowSkipException("every question is asked or answered")
+    return {"count": len(found), "body": form.body(found)}
+
+
+def keep(run_id: str, answered: Mapping[str, Any]) -> int:
+    """Keep what somebody answered; how many episodes."""
+    by = answered["by"]
+    try:
+        said = form.keep(Store.from_env(), run_id, answered["given"], by, answered["unix_ns"])
+    except StageError as e:
+        raise AirflowFailException(str(e)) from e
+    print(f"{by or 'nobody'} answered about {len(said)} episodes")
+    return len(said)
 
 
 def renew() -> float:
