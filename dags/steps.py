@@ -12,7 +12,7 @@ from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from flywheel import approvals, rollout, turn, upkeep
+from flywheel import approvals, catalogue, rollout, turn, upkeep
 from flywheel.config import PARAMS_FILE, Deployment, Settings
 from flywheel.errors import StageError, StoreUnavailable
 from flywheel.keys import ROOT_FILE
@@ -178,6 +178,13 @@ def clear() -> list[str]:
     done = upkeep.clear(Store.from_env(deployment), deployment, _settings(), datetime.now(UTC))
     print("\n".join(done) or "nothing to clear")
     return done
+
+
+def ingest() -> dict[str, int]:
+    """Bring the catalogue up to date."""
+    deployment = Deployment.from_env()
+    done = catalogue.ingest(Store.from_env(deployment), ray=deployment.ray)
+    return done.model_dump(include={"seen", "read", "refused", "vanished"})
 
 
 def attention() -> None:
