@@ -45,7 +45,18 @@ def robot(store_url: str, site: str, name: str) -> Policy:
 
 def stages(store_url: str) -> Policy:
     """For the workers that curate, train, export and judge: all but releasing."""
-    written = ("bundles", "catalogue", "claimed", "dvc", "gates", "policies", "runs", "state", "probe")
+    written = (
+        "bundles",
+        "catalogue",
+        "claimed",
+        "datasets",
+        "dvc",
+        "gates",
+        "policies",
+        "runs",
+        "state",
+        "probe",
+    )
     folders = [f"{w}/*" for w in written]
     return _policy(store_url, read=("*",), write=folders, remove=("inbox/*", "dvc/*", "probe/*"))
 

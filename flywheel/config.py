@@ -190,7 +190,9 @@ class TrainSettings(Section):
     steps: Count = 600
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
-    replay_fraction: Fraction = 0.5  # share of base data in a batch
+    replay_fraction: Fraction = 0.5  # share of old data in a batch: earlier turns' and the lab's
+    earlier_share: Fraction = 0.6  # of these, what earlier turns were trained on, where there are any
+    earlier_turns: Annotated[int, Field(ge=0, le=100)] = 8  # as many of them, the newest; 0: none
     seed: Seed = 0
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch
     threads: Annotated[int, Field(ge=1, le=256)] = 2  # of all processes together
@@ -221,7 +223,7 @@ class ExportSettings(Section):
 class GateSettings(Section):
     """What a candidate must show."""
 
-    shift: str = "factory"  # where the failures came from
+    shift: str = "factory"  # where the failures came from; "": where most of this turn's did
     twin: str = ""  # file of the twin's identified parameters (`flywheel twin identify`); "": the model's own
     episodes: Count = 60  # most paired episodes in the shift
     lab_episodes: Count = 200  # most paired episodes in the lab

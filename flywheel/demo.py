@@ -1,4 +1,4 @@
-"""The demo: the whole wheel, once, on one machine, through Airflow.
+"""The demo: the whole wheel, on one machine, through Airflow; once, or in one shift after the other.
 
 Its state lies in a home of its own (``<home>/demo``), made anew each time, so that a demo never touches what
 ``flywheel up`` runs, and the last one can still be looked at: ``FLYWHEEL_HOME=.flywheel/demo flywheel up``.
@@ -25,13 +25,15 @@ from flywheel.evaluate import PairedResult, paired
 from flywheel.fleet import IDLE, SITE, WORK, Fleet, robot_names
 from flywheel.release import Publisher
 from flywheel.report import write_report
-from flywheel.schema import BUNDLE_FILES, Group, RobotReport
+from flywheel.schema import BUNDLE_FILES, Group, Release, RobotReport
 from flywheel.services.airflow import AUTO_APPROVER, Airflow
 from flywheel.store import Store
+from flywheel.succession import Taught, success_of, succession
 from flywheel.turn import result_of, turn_name
 
 BASE = Path("models/base/bundle")
 PAIRS = 100  # fresh scenes in each shift, for the table at the end
+TURN_SCENES = 50  # in each shift for each turn's policy, where there are several
 FRESH_SEED = 20_000
 WALL_S = 6.0
 FLEET_LIMIT_S = 600.0
@@ -64,19 +66,23 @@ class Clock:
         """Take the time of a part."""
         begin = self.now
         yield
-        self.parts[name] = self.now - begin
+        self.parts[name] = self.parts.get(name, 0.0) + self.now - begin
 
 
-def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
-    """Turn the wheel once; write ``report.html`` and ``report.json`` to ``out`` and return the latter.
+def run(out: Path, *, manual: bool = False, turns: int = 1) -> dict[str, Any]:
+    """Turn the wheel; write ``report.html`` and ``report.json`` to ``out`` and return the latter.
 
-    Raises ``StageError`` if the wheel turned and the new policy did not reach every robot, ``ServiceError``
-    if something did not run.
+    One turn is in ``twin.shift``. Of several, the robots go from shift to shift (``succession``), and each
+    turn starts from the policy that the last one brought to them.
+
+    Raises ``StageError`` if the wheel turned and a new policy did not reach every robot, ``ServiceError``
+    if something did not run, ``ConfigError`` for more turns than there are shifts.
     """
     root = checkout(Path.cwd())
     if root is None:
         raise StageError("the demo runs from a checkout: cd into it first")
     settings = Settings.load(root / PARAMS_FILE)
+    shifts = succession(settings, turns)
     base = root / BASE
     missing = [n for n in BUNDLE_FILES if not (base / n).is_file()]
     if missing:
@@ -89,7 +95,7 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
     os.environ["FLYWHEEL_HOME"] = str(home)
     if not manual:
         os.environ["FLYWHEEL_APPROVERS"] = f"ops,{AUTO_APPROVER}"
-    with _running(home, base, settings, clock) as (up, publisher, fleet):
+    with _running(home, base, settings, shifts[0], clock) as (up, publisher, fleet):
         clock.parts["services"] = clock.now
         os.environ.update(up.environ())
         console.print(
@@ -97,16 +103,25 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
             + ("  Approve there when asked.\n" if manual else f"  {AUTO_APPROVER} will approve for you.\n")
         )
         store = up.store()
-        before = _collect(fleet, settings, clock)
-        turned = _turn(fleet, Airflow(home), clock, manual)
-        _require_done(turned, store, home)
-        stable = publisher.current(Group.STABLE)
-        assert stable is not None
-        robots = _arrived(fleet, store, stable.digest, clock)
+        taught: list[Taught] = []
+        for shift in shifts:
+            if taught:
+                _move(fleet, shift, clock)
+            before = _collect(fleet, settings, clock)
+            turned = _turn(fleet, Airflow(home), clock, manual)
+            _require_done(turned, store, home)
+            stable = _stable(publisher)
+            robots = _arrived(fleet, store, stable.digest, clock)
+            taught.append(Taught(turned["turn"], shift, stable.digest))
         fleet_counts = {r: dict(c) for r, c in fleet.poll().counts.items()}
         fleet.close()  # what is measured now has both cores to itself
         candidate = _fetch(store, stable.digest, home / "candidate")
         results = _measure(base, candidate, clock)
+        by_turn = None
+        if turns > 1:
+            policies = [base, *(_fetch(store, t.digest, home / "policies" / t.digest) for t in taught)]
+            with clock.part("evaluation turn by turn"):
+                by_turn = success_of(policies, taught, TURN_SCENES, FRESH_SEED + 1, clock.say)
         with clock.part("tracking on the wall clock"):
             clock.say("tracking on the wall clock, both policies")
             wall = {name: run_wall(b, settings.twin.shift, WALL_S, 1) for name, b in _both(base, candidate)}
@@ -126,6 +141,7 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
                 "total": clock.now,
             },
             stable=stable,
+            by_turn=by_turn,
         )
     _table(report)
     clock.say(f"done in {clock.now / 60:.1f} minutes; see {out / 'report.html'}")
@@ -137,7 +153,7 @@ def run(out: Path, *, manual: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _running(
-    home: Path, base: Path, settings: Settings, clock: Clock
+    home: Path, base: Path, settings: Settings, shift: str, clock: Clock
 ) -> Iterator[tuple[services.Endpoints, Publisher, Fleet]]:
     """Store, Airflow and robots. The robots need no Airflow, so they work while it is still starting."""
     with ExitStack() as robots:
@@ -149,11 +165,11 @@ def _running(
             bootstrap = publisher.init(Deployment.from_env().approvers)
             publisher.publish_first(base)
             keys = services.robot_keys(home, SITE, robot_names(settings))
-            fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap, keys))
+            fleet = robots.enter_context(Fleet(home, store.environ(), settings, bootstrap, keys, shift=shift))
             begun.append((publisher, fleet))
             fleet.set(WORK)
             clock.say(
-                f"{settings.twin.robots} robots work in [b]{settings.twin.shift}[/b] with the base policy, "
+                f"{settings.twin.robots} robots work in [b]{shift}[/b] with the base policy, "
                 f"until {settings.trigger.min_episodes} failures are in the store"
             )
 
@@ -167,6 +183,13 @@ def _running(
             robots.pop_all(),
         ):
             yield up, *begun[0]
+
+
+def _move(fleet: Fleet, shift: str, clock: Clock) -> None:
+    """Bring the robots to the next shift, where they work with the policy that they have by now."""
+    clock.say(f"the robots go to [b]{shift}[/b] and work there with the new policy")
+    fleet.move(shift)
+    fleet.set(WORK)
 
 
 def _both(base: Path, candidate: Path) -> tuple[tuple[str, Path], ...]:
@@ -282,6 +305,12 @@ def _require_done(turned: dict[str, Any], store: Store, home: Path) -> None:
         result = result_of(turned["turn"], store)
         what = f"was not released: {result.verdict}: {'; '.join(result.reasons) or 'see the rollout'}"
     raise StageError(f"{turned['turn']} {what}; logs are in {home / 'logs'}")
+
+
+def _stable(publisher: Publisher) -> Release:
+    found = publisher.current(Group.STABLE)
+    assert found is not None
+    return found
 
 
 def _arrived(fleet: Fleet, store: Store, digest: str, clock: Clock) -> list[RobotReport]:

@@ -37,6 +37,7 @@ from flywheel.robot import Image
 from flywheel.schema import CanaryEvidence, Mode, Outcome, RobotReport, bundle_digest
 from flywheel.store import EmbeddedStore, Store
 from flywheel.twin.cell import CAMERAS
+from flywheel.twin.shift import shift as known
 
 IDLE, WORK, QUIT = 0, 1, 2
 SITE = "local"
@@ -300,29 +301,59 @@ class Fleet:
         bootstrap: bytes,
         keys: Mapping[str, EmbeddedStore] | None = None,
         workers: int = 2,
+        shift: str = "",
     ) -> None:
-        """``keys``: by robot, its own way to the store; what ``environ`` says for those that have none."""
+        """``keys``: by robot, its own way to the store; what ``environ`` says for those that have none.
+
+        ``shift``: where they begin, if not in ``twin.shift``, after which they are named.
+        """
         self._spawn = multiprocessing.get_context("spawn")
+        self._home, self._environ, self._settings = home, environ, settings
+        self._bootstrap, self._keys = bootstrap, keys or {}
+        self.robots = tuple(robot_names(settings))
+        self._processes = min(workers, len(self.robots))
+        self._workers: list[Any] = []
+        self._prepare(shift or settings.twin.shift)
+
+    def _prepare(self, shift: str) -> None:
+        twin = self._settings.twin.model_copy(update={"shift": known(shift).name})
+        settings = self._settings.model_copy(update={"twin": twin})
         self._goal = self._spawn.Value("i", IDLE)
         self._said: Any = self._spawn.Queue()
         self.progress = Progress()
-        names = robot_names(settings)
-        workers = min(workers, len(names))
+        names, n = self.robots, self._processes
         self._workers = [
             self._spawn.Process(
                 target=_work,
-                args=(home, names[w::workers], range(w, len(names), workers), environ, settings, bootstrap),
-                kwargs={"keys": keys or {}, "goal": self._goal, "said": self._said, "parent": os.getpid()},
+                args=(
+                    self._home,
+                    list(names[w::n]),
+                    range(w, len(names), n),
+                    self._environ,
+                    settings,
+                    self._bootstrap,
+                ),
+                kwargs={"keys": self._keys, "goal": self._goal, "said": self._said, "parent": os.getpid()},
                 daemon=True,
             )
-            for w in range(workers)
+            for w in range(n)
         ]
-        self.robots = tuple(names)
 
     def __enter__(self) -> Fleet:
         for w in self._workers:
             w.start()
         return self
+
+    def move(self, shift: str) -> None:
+        """Take the robots to another shift: each seals and sends what is open, and starts again there, idle.
+
+        They keep their names, their policies and what they had not sent; ``progress`` begins anew. Raises
+        ``ConfigError`` for a shift that the twin does not know.
+        """
+        known(shift)
+        self.close()
+        self._prepare(shift)
+        self.__enter__()
 
     def set(self, goal: int) -> None:
         """IDLE or WORK."""

@@ -18,13 +18,19 @@ from flywheel.store import Store
 
 
 class PolicyRecord(Strict):
-    """``policies/<digest>.json``: the turn that made a policy, and the sha256 of its files by name."""
+    """``policies/<digest>.json``: the turn that made a policy, and the sha256 of its files by name.
+
+    ``start`` is the policy that it was fine-tuned from, ``dataset`` the dataset version that taught it: by
+    digest, "" in the records of an older version (``flywheel.lineage``).
+    """
 
     schema_version: Literal[1] = 1
     digest: str
     turn: str
     bundle: dict[str, str]
     checkpoint: dict[str, str]
+    start: str = ""
+    dataset: str = ""
 
 
 def digest_of(bundle: Path) -> str:
@@ -35,7 +41,9 @@ def digest_of(bundle: Path) -> str:
     return bundle_digest(bundle)
 
 
-def publish(store: Store, turn: str, bundle: Path, checkpoint: Path) -> PolicyRecord:
+def publish(
+    store: Store, turn: str, bundle: Path, checkpoint: Path, *, start: str = "", dataset: str = ""
+) -> PolicyRecord:
     """Put a bundle and its checkpoint into the store, the record last; a repeat writes the same."""
     found = PolicyRecord(
         digest=digest_of(bundle),
@@ -46,6 +54,8 @@ def publish(store: Store, turn: str, bundle: Path, checkpoint: Path) -> PolicyRe
             for path in sorted(checkpoint.rglob("*"))
             if path.is_file()
         },
+        start=start,
+        dataset=dataset,
     )
     for name, (key, sha) in _keys(found).items():
         path = bundle / name.removeprefix("bundle/") if name.startswith("bundle/") else checkpoint / name
@@ -56,13 +66,21 @@ def publish(store: Store, turn: str, bundle: Path, checkpoint: Path) -> PolicyRe
 
 def record(store: Store, digest: str) -> PolicyRecord:
     """What is known of a policy; ``BundleError`` if no turn of this store made it."""
-    try:
-        found = store.get_json(f"policies/{digest}.json", PolicyRecord)
-    except NotFound:
+    found = find(store, digest)
+    if found is None:
         raise BundleError(
             f"policy {digest[:12]}: its checkpoint is not in the store, no turn of this store made it, so "
             "no turn can start from it"
-        ) from None
+        )
+    return found
+
+
+def find(store: Store, digest: str) -> PolicyRecord | None:
+    """``record``, or None if no turn of this store made the policy."""
+    try:
+        found = store.get_json(f"policies/{digest}.json", PolicyRecord)
+    except NotFound:
+        return None
     if set(found.bundle) != set(BUNDLE_FILES) or digest_of_hashes(found.bundle) != digest:
         raise BundleError(f"policies/{digest}.json: describes another bundle than its name")
     return found

@@ -14,8 +14,9 @@ from flywheel import __version__
 from flywheel.claims import claims_of
 from flywheel.edge.figures import WallResult
 from flywheel.evaluate import PairedResult
-from flywheel.schema import FRAMES_FILE, GateReport, Release, RobotReport
+from flywheel.schema import FRAMES_FILE, GateReport, Proportion, Release, RobotReport
 from flywheel.store import Store
+from flywheel.turn_plot import success_by_turn
 
 THUMBNAILS = 12
 PAGE = Path(__file__).with_name("report.html.jinja")
@@ -34,8 +35,13 @@ def write_report(
     wall: Mapping[str, WallResult],
     seconds: Mapping[str, float],
     stable: Release,
+    by_turn: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` to ``out``; return what the former holds."""
+    """Write ``report.json`` and ``report.html`` to ``out``; return what the former holds.
+
+    ``by_turn``, of several turns: ``turns`` with turn, shift and digest each, and ``success``, by shift the
+    proportions of the base policy and of every turn's.
+    """
     gate = store.get_json(f"gates/{stable.gate_digest}.json", GateReport, stable.gate_digest)
     claims = claims_of(store, turn)
     doc: dict[str, Any] = {
@@ -70,6 +76,11 @@ def write_report(
         ],
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
     }
+    if by_turn is not None:
+        doc["by_turn"] = {
+            "turns": list(by_turn["turns"]),
+            "success": {s: [p.model_dump() for p in found] for s, found in by_turn["success"].items()},
+        }
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(doc, indent=1, sort_keys=True) + "\n")
     thumbnails = _thumbnails(store, [c.prefix for c in claims.episodes if not c.problem])
@@ -128,8 +139,20 @@ def _html(doc: dict[str, Any], thumbnails: list[dict[str, str]]) -> str:
     )
     page = environment.from_string(PAGE.read_text())
     return page.render(
-        r=doc, thumbnails=thumbnails, plots={"success": _success(doc), "failures": _failures(doc)}
+        r=doc,
+        thumbnails=thumbnails,
+        plots={"success": _success(doc), "failures": _failures(doc), "by_turn": _by_turn(doc)},
     )
+
+
+def _by_turn(doc: dict[str, Any]) -> str:
+    if "by_turn" not in doc:
+        return ""
+    success = {
+        s: [Proportion.model_validate(p) for p in found] for s, found in doc["by_turn"]["success"].items()
+    }
+    taught = {t["shift"]: k for k, t in enumerate(doc["by_turn"]["turns"], 1)}
+    return _png(success_by_turn({"policy": success}, list(success), taught))
 
 
 def _success(doc: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     open_turn     claim the inbox; fix source, settings and starting policy in ``runs/<turn>/turn.json``
     run_stage     one stage of dvc.yaml in the turn's workspace: curate, label, train, export, gate
-    close_turn    save the experiment, put bundle, gate report and checkpoint into the store
+    close_turn    save the experiment, put dataset, bundle, gate report and checkpoint into the store
 
 Each may be called again after any crash, and by another machine: what a turn is, lies in the store, and the
 workspace is made anew from there where it is missing. Tasks pass a turn's name and nothing else.
@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from flywheel import episode, policies
+from flywheel import episode, lineage, policies
 from flywheel.claims import Claim, Claims, claim, claims_of
 from flywheel.config import PARAMS_FILE, Deployment, Settings
+from flywheel.dataset.earlier import Earlier
 from flywheel.errors import (
     BundleError,
     ConfigError,
@@ -52,6 +53,7 @@ from flywheel.workspace import Source, Workspace, snapshot, source_checkout
 STAGES = ("curate", "label", "replay", "train", "export", "gate")
 BASE_POLICY = "models/base"
 CURRENT_POLICY = "data/current"  # a later policy than the base, fetched for a turn
+EARLIER_DATA = "data/earlier"  # what the turns that led to it were trained on; in the checkout, nothing
 RECORD = "data/turn.json"
 CLAIMS = "data/claims.json"
 ANSWERS = "data/answers.json"  # what people have said of labels; in the checkout, nothing
@@ -141,14 +143,16 @@ def _begin(
     turn: str, current_digest: str, adjust: Mapping[str, Any], force: bool, store: Store, origin: Path
 ) -> TurnRecord | None:
     settings = Settings.load(origin / PARAMS_FILE)
-    adjusted((origin / PARAMS_FILE).read_text(encoding="utf-8"), adjust, BASE_POLICY)
+    text = adjusted((origin / PARAMS_FILE).read_text(encoding="utf-8"), adjust, BASE_POLICY)
     source = snapshot(origin)
     base = policies.digest_of(origin / BASE_POLICY / "bundle")
     if current_digest in ("", base):
         policy, current_digest = BASE_POLICY, base
     else:
         policy = CURRENT_POLICY
-        policies.record(store, current_digest)  # fails now rather than after the claim
+        # Both fail now rather than after the claim.
+        policies.record(store, current_digest)
+        _ancestors(store, current_digest, text, origin)
     said = answers.collect(store).to_bytes()
     claims = claim(
         store,
@@ -304,8 +308,11 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
     if record.answers_sha256:
         said = store.get(_key(turn, f"answers/{record.answers_sha256}.json"), record.answers_sha256)
         (root / ANSWERS).write_bytes(said)
+    earlier = Earlier()
     if record.policy == CURRENT_POLICY:
         policies.fetch(store, record.current_digest, root / CURRENT_POLICY)
+        earlier = _ancestors(store, record.current_digest, params.read_text(encoding="utf-8"), root)
+    lineage.fetch(store, earlier, root / EARLIER_DATA)
     found = policies.digest_of(root / record.policy / "bundle")
     if found != record.current_digest:
         raise BundleError(
@@ -315,6 +322,14 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
     if _get_state(workspace, store):
         workspace.dvc("pull", *_finished(workspace))
     (root / _FILLED).touch()
+
+
+def _ancestors(store: Store, digest: str, params: str, root: Path) -> Earlier:
+    """The turns that led to a policy, as many as the settings ``params`` (text) say."""
+    settings = Settings.parse(params, PARAMS_FILE).train
+    return lineage.ancestors(
+        store, digest, settings.earlier_turns, policies.digest_of(root / BASE_POLICY / "bundle")
+    )
 
 
 def _pull_episodes(store: Store, claims: Claims, into: Path) -> Claims:
@@ -397,7 +412,7 @@ def adjusted(text: str, adjust: Mapping[str, Any], policy: str) -> str:
 
 
 def _publish(workspace: Workspace, record: TurnRecord, result: TurnResult, store: Store) -> TurnResult:
-    """Bundle, gate report, checkpoint: by content, so that a repeat writes the same."""
+    """Dataset, bundle, gate report, checkpoint: by content, so that a repeat writes the same."""
     root = workspace.root
     candidate = policies.digest_of(root / BUNDLE)
     data = (root / GATE_REPORT).read_bytes()
@@ -408,7 +423,15 @@ def _publish(workspace: Workspace, record: TurnRecord, result: TurnResult, store
             f"{report.current_digest[:12]}, but the turn made {candidate[:12]} from "
             f"{record.current_digest[:12]}: run gate again"
         )
-    policies.publish(store, record.turn, root / BUNDLE, root / CHECKPOINT)
+    dataset = lineage.publish(store, root / DATASET)
+    policies.publish(
+        store,
+        record.turn,
+        root / BUNDLE,
+        root / CHECKPOINT,
+        start=record.current_digest,
+        dataset=dataset,
+    )
     gate_digest = sha256_bytes(report.to_bytes())
     store.put(f"gates/{gate_digest}.json", report.to_bytes())
     return result.model_copy(

@@ -12,6 +12,7 @@ import yaml
 from flywheel import turn as turning
 from flywheel.cli import app
 from flywheel.config import Settings
+from flywheel.dataset.earlier import EARLIER, Earlier, read_earlier
 from flywheel.errors import ConfigError
 from flywheel.turn import STAGES, TURN, adjusted, turn_name
 
@@ -83,7 +84,7 @@ def test_the_code_that_a_stage_depends_on_exists() -> None:
 
 
 def test_every_input_is_made_by_an_earlier_stage_or_comes_with_the_turn() -> None:
-    made = {"data/episodes", turning.ANSWERS}
+    made = {"data/episodes", turning.ANSWERS, turning.EARLIER_DATA}
     for name in STAGES:
         needed = {d for d in PIPELINE[name]["deps"] if d.startswith("data/")}
         assert needed <= made, name
@@ -96,7 +97,14 @@ def test_git_ignores_what_dvc_keeps_and_nothing_that_git_keeps() -> None:
         assert set(paths(name, "outs")) <= IGNORED, name
         figures = {*paths(name, "metrics", cached=False), *paths(name, "plots", cached=False)}
         assert not figures & IGNORED, name
-    assert {turning.RECORD, turning.CLAIMS, turning.CURRENT_POLICY, "data/episodes"} <= IGNORED
+    with_turn = {turning.RECORD, turning.CLAIMS, turning.CURRENT_POLICY, f"{turning.EARLIER_DATA}/*"}
+    assert {*with_turn, "data/episodes"} <= IGNORED
+
+
+def test_in_a_checkout_nothing_came_earlier_and_the_stages_run_by_hand() -> None:
+    assert read_earlier(ROOT / turning.EARLIER_DATA) == []
+    assert Earlier.model_validate_json((ROOT / turning.EARLIER_DATA / EARLIER).read_bytes()) == Earlier()
+    assert (ROOT / turning.ANSWERS).exists()
 
 
 def test_a_stage_is_run_again_when_its_own_settings_change() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +34,7 @@ BENCHES = {
     "delivery": "flywheel.rehearsal.bench:delivery",
     "fleet": "flywheel.rehearsal.bench:fleet",
     "twin": "flywheel.rehearsal.sysid:twin",
+    "turns": "flywheel.bench.turns:turns",
 }
 
 
@@ -43,6 +46,7 @@ def add_to(app: typer.Typer) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.")] = "tracking",
     full: Annotated[bool, typer.Option(help="Longer.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where a study keeps its state and its plot.")] = None,
     json: Json = False,
 ) -> None:
     """Measure, against a peer or a limit in the same run."""
@@ -50,11 +54,15 @@ def bench(
         raise ConfigError(f"bench = {name!r}: not known; choose one of {', '.join(BENCHES)}")
     module_name, _, function = BENCHES[name].partition(":")
     module = import_module(module_name)
+    measure = getattr(module, function)
+    options = {} if out is None else {"out": out}
+    if options and "out" not in inspect.signature(measure).parameters:
+        raise ConfigError(f"--out {out}: bench {name} keeps nothing; leave it out")
     # Ended from outside, a benchmark takes down what it had put up.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with redirect_stdout(sys.stderr):  # libraries print; standard output is the document's
-            doc = getattr(module, function)(full)
+            doc = measure(full, **options)
     finally:
         signal.signal(signal.SIGTERM, handler)
     if hasattr(module, "table") and not json:  # a benchmark with more to say than its figures

@@ -31,12 +31,13 @@ def _say(service: str, step: str) -> None:
 def demo(
     manual: Annotated[bool, typer.Option(help="Wait for a person to approve in Airflow.")] = False,
     out: Annotated[Path, typer.Option(help="Where report.html and report.json go.")] = Path(),
+    turns: Annotated[int, typer.Option(min=1, help="Turns, in one shift after the other.")] = 1,
     json: Json = False,
 ) -> None:
-    """Turn the wheel once: robots fail, the failures become a better policy, the robots get it."""
+    """Turn the wheel: robots fail, the failures become a better policy, the robots get it."""
     from flywheel.demo import run
 
-    report = run(out, manual=manual)
+    report = run(out, manual=manual, turns=turns)
     if json:
         show(report, True)
 

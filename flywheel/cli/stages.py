@@ -85,7 +85,11 @@ def train(
     policy: Annotated[Path, typer.Option(help="Checkpoint to start from.")],
     dataset: Annotated[Path, typer.Option(help="LeRobotDataset v3 of corrections.")],
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
-    replay: Annotated[Path | None, typer.Option(help="LeRobotDataset v3 to mix in.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="LeRobotDataset v3 of the lab, to mix in.")] = None,
+    earlier: Annotated[
+        Path | None, typer.Option(help="Directory of earlier turns' datasets and earlier.json, to mix in.")
+    ] = None,
+    yardstick: Annotated[Path | None, typer.Option(help="What is kept for evaluation, JSON.")] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="JSON of figures; the loss curve goes beside it.")
     ] = None,
@@ -93,12 +97,16 @@ def train(
     json: Json = False,
 ) -> None:
     """Fine-tune a policy with lerobot's training loop."""
+    from flywheel.dataset.earlier import read_earlier
     from flywheel.train import train as run
     from flywheel.train import write_metrics
 
     settings = Settings.load(params).train
+    before = [d for _, d in read_earlier(earlier)][: settings.earlier_turns] if earlier else []
     curve = metrics.with_suffix(".tsv") if metrics else None
-    result = run(policy, dataset, out, settings, replay=replay, curve=curve)
+    result = run(
+        policy, dataset, out, settings, replay=replay, earlier=before, yardstick=yardstick, curve=curve
+    )
     if metrics:
         write_metrics(result, metrics)
     show(result, json)

@@ -65,6 +65,10 @@ class Yardstick(Strict):
         """
         return drawn(episode_id) < self.held_out_fraction
 
+    def keeps(self, episode_id: str, content_sha256: str) -> bool:
+        """Whether an episode is kept as far as its id and content tell; ``names`` knows its scene too."""
+        return self.holds_out(episode_id) or not {episode_id, content_sha256}.isdisjoint(self.episodes)
+
     def names(self, m: Manifest, content_sha256: str) -> bool:
         """Whether an episode is one of the yardstick's, by id, by content or by the scene it happened in."""
         if m.episode_id in self.episodes or content_sha256 in self.episodes:
@@ -120,13 +124,20 @@ def read_sources(root: Path) -> Sources | None:
         raise StageError(f"{path}: cannot be read; curate again: {e}") from None
 
 
-def refuse_kept(datasets: Sequence[Path]) -> int:
+def refuse_kept(datasets: Sequence[Path], yardstick: Yardstick | None = None) -> int:
     """Check datasets that are to be trained on together; returns the number of episodes kept from them.
 
     Raises ``StageError`` where one of them holds what any of them keeps for evaluation: an episode by its id
-    or content, or the frames of one whatever they are listed as.
+    or content, or the frames of one whatever they are listed as. So what a later turn holds out is not
+    trained on by way of an earlier turn's dataset, nor the other way round. With ``yardstick``, also where
+    one lists what that keeps today: an earlier dataset may be older than the yardstick.
     """
     sources = {d: s for d in datasets if (s := read_sources(d)) is not None}
+    if yardstick is not None:
+        for root, s in sources.items():
+            for u in s.used:
+                if yardstick.keeps(u.episode_id, u.content_sha256):
+                    _refuse(root, "lists", u)
     kept = [k for s in sources.values() for k in s.kept]
     if not kept:
         return 0
@@ -147,7 +158,8 @@ def _refuse(root: Path, what: str, kept: Source | None) -> None:
         raise StageError(
             f"{root}: {what} {kept.episode_id}, which is kept for evaluation (content "
             f"{kept.content_sha256[:12]}); a policy trained on it could not be judged by it. Curate again "
-            "with the yardstick of this repository"
+            "with the yardstick of this repository; a dataset of an earlier turn is left out with fewer "
+            "train.earlier_turns"
         )
 
 

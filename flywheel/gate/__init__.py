@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 from flywheel.config import GateSettings
-from flywheel.errors import BundleError
+from flywheel.errors import BundleError, ConfigError
 from flywheel.evaluate import Evaluator, Scenario, attempts_in
 from flywheel.gate import bundle, page, task, wall
 from flywheel.gate.judge import Evaluate, Judge, OnProgress
@@ -43,8 +43,18 @@ from flywheel.schema import (
     Verdict,
     bundle_digest,
 )
+from flywheel.twin.shift import SHIFTS
 
-__all__ = ["Evaluate", "OnProgress", "Scenario", "decide", "failure_scenarios", "gate", "required_checks"]
+__all__ = [
+    "Evaluate",
+    "OnProgress",
+    "Scenario",
+    "decide",
+    "failure_scenarios",
+    "gate",
+    "in_shift_of",
+    "required_checks",
+]
 
 
 def failure_scenarios(manifests: Iterable[Manifest]) -> list[Scenario]:
@@ -58,6 +68,23 @@ def failure_scenarios(manifests: Iterable[Manifest]) -> list[Scenario]:
         if failed and m.shift and m.seed is not None:
             scenarios[Scenario(m.shift, m.seed)] = None
     return list(scenarios)
+
+
+def in_shift_of(settings: GateSettings, scenarios: Iterable[Scenario]) -> GateSettings:
+    """``settings`` with the shift that most of the failures are from, where ``gate.shift`` is "".
+
+    Raises ``ConfigError`` where none of them says a shift that the twin knows, as on real robots.
+    """
+    if settings.shift:
+        return settings
+    counts = Counter(s.shift for s in scenarios)
+    known = [s for s in SHIFTS if counts[s]]
+    if not known:
+        raise ConfigError(
+            f'gate.shift = "": none of {counts.total()} failures says in which shift of the twin it was; '
+            f"name the one that is most like it: {', '.join(SHIFTS)}"
+        )
+    return settings.model_copy(update={"shift": max(known, key=lambda s: counts[s])})
 
 
 def gate(
@@ -77,12 +104,13 @@ def gate(
     ``scenarios`` are the failures that led here. ``evaluate`` and ``run_wall`` default to the twin in
     lockstep and to the edge processes on the wall clock. Reports of an earlier run in ``out`` are removed
     first, so that a gate which does not end leaves no verdict. Raises ``BundleError`` only if ``current``
-    is unusable, ``ConfigError`` if ``settings.twin`` is; a bad candidate is a verdict, not an error.
+    is unusable, ``ConfigError`` if ``settings`` are; a bad candidate is a verdict, not an error.
     """
     from flywheel.twin.cell import twin_digest
     from flywheel.twin.parameters import TwinParameters
 
     page.clear(out)
+    settings = in_shift_of(settings, scenarios)
     if problem := bundle.incomplete(current):
         raise BundleError(f"current policy {current}: {problem}")
     with ExitStack() as stack:

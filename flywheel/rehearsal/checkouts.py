@@ -49,7 +49,8 @@ elif stage == "replay":
     write("replay/frames", GREETING)
 elif stage == "train":
     before = pathlib.Path(policy, "weights").read_text()
-    write("checkpoint/weights", before + "+" + (data / "curated/dataset/episodes.json").read_text())
+    old = "".join("~" + p.read_text() for p in sorted(data.glob("earlier/*/episodes.json")))
+    write("checkpoint/weights", before + "+" + (data / "curated/dataset/episodes.json").read_text() + old)
     write("metrics/train.json", json.dumps({"loss": 0.5}))
 elif stage == "export":
     for name in ("policy.onnx", "tokenizer.json", "policy.json"):
@@ -71,7 +72,11 @@ OUTS = {
         ("data/curated/dataset", "greeting.py"),
     ),
     "replay": ("data/replay", "", ("greeting.py",)),
-    "train": ("data/checkpoint", "data/metrics/train.json", ("data/curated/dataset", "${turn.policy}")),
+    "train": (
+        "data/checkpoint",
+        "data/metrics/train.json",
+        ("data/curated/dataset", "data/earlier", "${turn.policy}"),
+    ),
     "export": ("data/bundle", "", ("data/checkpoint",)),
     "gate": ("", "data/gate/gate.json", ("data/bundle", "${turn.policy}/bundle")),
 }
@@ -131,6 +136,7 @@ def make_checkout(root: Path, params: str = PARAMS) -> Path:
     shutil.copy(here / ".dvcignore", root)
     (root / "data").mkdir()
     shutil.copy(here / "data" / ".gitignore", root / "data")
+    shutil.copytree(here / "data" / "earlier", root / "data" / "earlier")
     git(root, "init", "--quiet", "--initial-branch=main")
     git(root, "add", "--all")
     git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "one")

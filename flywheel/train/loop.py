@@ -20,6 +20,7 @@ from flywheel.config import TrainSettings
 from flywheel.dataset import CachedDataset, load_frames
 from flywheel.dataset.frames import ACTION, STATE
 from flywheel.dataset.writing import INTERVENTION
+from flywheel.train.pools import Part
 from flywheel.vla import offline, signature, statistics
 
 # Every linear layer but the unused head (which peft's "all-linear" adapts, and then stores the vocabulary).
@@ -78,13 +79,13 @@ class InterventionWeights:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. ``start``: a working copy of the checkpoint; ``datasets``: new data, then replay.
+    """One training run. ``start``: a working copy of the checkpoint; ``parts``: new data, then old.
 
     ``resume``: go on from ``out``'s last checkpoint.
     """
 
     start: Path
-    datasets: tuple[Path, ...]
+    parts: tuple[Part, ...]
     out: Path
     settings: TrainSettings
     resume: bool = False
@@ -93,12 +94,6 @@ class Job:
     def last(self) -> Path:
         """Where the newest checkpoint lies, once there is one."""
         return self.out / "checkpoints" / "last"
-
-    @property
-    def weights(self) -> list[float]:
-        """Shares of the datasets."""
-        r = self.settings.replay_fraction
-        return [1.0] if len(self.datasets) == 1 else [1.0 - r, r]
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
 
     settings = job.settings
     torch.set_num_threads(max(1, settings.threads // ranks))
-    parts = [load_frames(d) for d in job.datasets]
+    parts = [load_frames(p.root) for p in job.parts]
     start = job.last / "pretrained_model" if job.resume else job.start
     policy: Any = PreTrainedConfig.from_pretrained(start)
     policy.pretrained_path = start
@@ -159,7 +154,10 @@ def run(job: Job, note: Note, rank: int = 0, ranks: int = 1) -> Mixed:
         config.scheduler = policy.get_scheduler_preset()
     meta = CachedDataset(parts[:1]).meta
     data = RelativeActions(
-        parts, job.weights, resolve_delta_timestamps(policy, meta), stats=_arrays(statistics(job.start))
+        parts,
+        [p.weight for p in job.parts],
+        resolve_delta_timestamps(policy, meta),
+        stats=_arrays(statistics(job.start)),
     )
     data.relative = signature(job.start).relative
     interventions = data.interventions()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flywheel.config import TrainSettings
 from flywheel.dataset import dataset_digest
-from flywheel.dataset.yardstick import SOURCES, refuse_kept
+from flywheel.dataset.yardstick import SOURCES, Yardstick, refuse_kept
 from flywheel.errors import StageError
 from flywheel.schema import sha256_file
 from flywheel.train import ranks
-from flywheel.train.loop import Job
+from flywheel.train.loop import Job, Mixed
 from flywheel.train.merging import ADAPTER, merge
+from flywheel.train.pools import Part, parts
 from flywheel.vla import BACKBONE, SIGNATURE_FILE, SMOLVLA, check, localise, working_copy
 
 NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
@@ -26,8 +27,17 @@ OnProgress = Callable[[int, int, float], None]  # step, of, loss
 
 
 @dataclass(frozen=True)
+class Pool:
+    """One of ``flywheel.train.pools``: its frames, their share of what was drawn, its datasets' digests."""
+
+    frames: int
+    share: float
+    datasets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TrainResult:
-    """``loss``: mean over the last log window. ``shares``: frames of (new data, replay).
+    """``loss``: mean over the last log window. ``pools``: what was trained on, by ``train.pools``.
 
     ``interventions``: share of the frames in which a person acted; ``resumed``: at which step, 0 if not.
     """
@@ -35,11 +45,7 @@ class TrainResult:
     steps: int
     loss: float
     first_loss: float
-    new_frames: int
-    replay_frames: int
-    shares: tuple[float, ...]
-    dataset_digest: str
-    replay_digest: str
+    pools: dict[str, Pool]
     held_out: int  # episodes kept from the data, none of which was trained on: checked by hash
     seconds: float
     interventions: float = 0.0
@@ -53,11 +59,15 @@ def train(
     settings: TrainSettings | None = None,
     *,
     replay: Path | None = None,
+    earlier: Sequence[Path] = (),
+    yardstick: Path | None = None,
     curve: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
-    """Fine-tune the checkpoint ``policy`` on ``dataset`` mixed with ``replay``; the result goes to ``out``.
+    """Fine-tune the checkpoint ``policy`` on ``dataset`` mixed with old data; the result goes to ``out``.
 
+    Old data are ``earlier``, the datasets of earlier turns, and ``replay``, demonstrations of the lab, in the
+    shares of ``pools``. ``yardstick`` is what may never be trained on, in any of them.
     ``curve`` is a TSV (step, loss, lr) that DVC plots. Normalisation stays the checkpoint's: it is part of
     what its weights mean. A run that was ended is gone on with from its last checkpoint
     (``settings.checkpoint_steps``) by the same call with the same data, policy and settings; what it left of
@@ -67,15 +77,16 @@ def train(
         BundleError: ``policy`` is no checkpoint.
         StageError: no data, data that is kept for evaluation, settings that are not for such a policy, or
             the loss is not finite.
+        ConfigError: the yardstick cannot be read.
     """
     settings = TrainSettings() if settings is None else settings
     started = time.monotonic()
-    datasets = [dataset, *([replay] if replay is not None and settings.replay_fraction > 0 else [])]
-    held_out = refuse_kept(datasets)
+    mix = parts(dataset, earlier, replay, settings)
+    held_out = refuse_kept([p.root for p in mix], None if yardstick is None else Yardstick.load(yardstick))
     _require_trainable(policy, check(policy), settings)
-    digests = [dataset_digest(d) for d in datasets]
+    digests = [dataset_digest(p.root) for p in mix]
     work = out.with_name(out.name + ".work")
-    job, log, resumed = _prepare(work, policy, datasets, digests, settings)
+    job, log, resumed = _prepare(work, policy, mix, digests, settings)
 
     def note(step: int, loss: float, rate: float) -> None:
         log.append((step, loss, rate))
@@ -114,16 +125,20 @@ def train(
         steps=settings.steps,
         loss=log[-1][1],
         first_loss=log[0][1],
-        new_frames=mixed.frames[0],
-        replay_frames=sum(mixed.frames[1:]),
-        shares=mixed.shares,
-        dataset_digest=digests[0],
-        replay_digest=dataset_digest(replay) if replay is not None else "",
+        pools=_pools(mix, digests, mixed),
         held_out=held_out,
         seconds=time.monotonic() - started,
         interventions=mixed.interventions,
         resumed=resumed,
     )
+
+
+def _pools(mix: Sequence[Part], digests: Sequence[str], mixed: Mixed) -> dict[str, Pool]:
+    found: dict[str, Pool] = {}
+    for part, digest, frames, share in zip(mix, digests, mixed.frames, mixed.shares, strict=True):
+        p = found.get(part.pool, Pool(0, 0.0, ()))
+        found[part.pool] = Pool(p.frames + frames, p.share + share, (*p.datasets, digest))
+    return found
 
 
 def _require_trainable(policy: Path, kind: str, settings: TrainSettings) -> None:
@@ -142,13 +157,13 @@ def _require_trainable(policy: Path, kind: str, settings: TrainSettings) -> None
 
 
 def _prepare(
-    work: Path, policy: Path, datasets: list[Path], digests: list[str], settings: TrainSettings
+    work: Path, policy: Path, mix: tuple[Part, ...], digests: list[str], settings: TrainSettings
 ) -> tuple[Job, list[tuple[int, float, float]], int]:
     """The job, what it has noted, its step: an earlier run's, if that was the same and got so far."""
     mine = json.dumps(
         [sha256_file(policy / "model.safetensors"), digests, settings.model_dump(mode="json")], sort_keys=True
     )
-    job = Job(work / "start", tuple(datasets), work / "run", settings)
+    job = Job(work / "start", mix, work / "run", settings)
     step = _step(job)
     if step and (work / MINE).exists() and (work / MINE).read_text() == mine:
         log = [row for row in _noted(work / NOTES) if row[0] <= step]

@@ -59,6 +59,10 @@ SHIFTS: dict[str, Shift] = {
     )
 }
 
+# Floors that a fleet may be brought to one after the other: the base policy fails in each, and whoever knows
+# the ones before still fails in the next.
+SUCCESSION = ("dim", "table", "factory")
+
 
 def shift(name: str) -> Shift:
     """The shift called ``name``.

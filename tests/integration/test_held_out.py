@@ -136,11 +136,11 @@ def test_what_was_held_out_stays_so_by_way_of_the_checkpoint(
 # ── training refuses ─────────────────────────────────────────────────────────────────────────────────
 
 
-def training(dataset: Path, tmp_path: Path, replay: Path | None = None) -> Any:
+def training(dataset: Path, tmp_path: Path, replay: Path | None = None, **options: Any) -> Any:
     """It must be refused before anything is loaded: the policy is none."""
     from flywheel.train import train
 
-    return train(tmp_path / "no-policy", dataset, tmp_path / "out", TrainSettings(), replay=replay)
+    return train(tmp_path / "no-policy", dataset, tmp_path / "out", TrainSettings(), replay=replay, **options)
 
 
 def kept(root: Path) -> Sources:
@@ -180,6 +180,75 @@ def test_frames_of_a_held_out_episode_are_refused_whatever_the_dataset_lists(
     shutil.copy(honest / SOURCES, everything)
     with pytest.raises(StageError, match=r"episode \d+ has the frames of .*kept for evaluation"):
         training(everything, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def second(
+    inbox: Path, curated: tuple[Path, CurateResult], yardstick: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The dataset of a second turn, whose policy the first one made."""
+    root = tmp_path_factory.mktemp("second")
+    bundle(root / "policy" / "bundle", weights=1)
+    for name in (SOURCES, "clusters.json"):
+        shutil.copy(curated[0] / "dataset" / name, root / "policy")
+    for i in range(12, 20):
+        attempt(root / "inbox", CORRECTED[i % 5], seed=i)
+    curate(root / "inbox", root, SETTINGS, policy=root / "policy", yardstick=yardstick)
+    return root / "dataset"
+
+
+def test_an_earlier_turns_dataset_is_let_in_and_what_it_kept_still_counts(
+    curated: tuple[Path, CurateResult], second: Path, yardstick: Path
+) -> None:
+    first = curated[0] / "dataset"
+    rule = Yardstick.load(yardstick)
+    before, now = ({k.episode_id for k in kept(d).kept} for d in (first, second))
+    assert before < now, "the second turn forgot, or held out nothing itself"
+    assert refuse_kept([second, first], rule) == len(now)
+
+
+def test_a_held_out_episode_of_the_first_turn_never_comes_in_as_earlier_data(
+    inbox: Path, curated: tuple[Path, CurateResult], second: Path, tmp_path: Path
+) -> None:
+    """As an older or forged dataset of the first turn would have it: listed or not."""
+    held = kept(curated[0] / "dataset").kept[0].episode_id
+    shutil.copytree(inbox / held, tmp_path / "inbox" / held)
+    curate(tmp_path / "inbox", tmp_path, CurateSettings(choice="all"))
+    sneaked = tmp_path / "dataset"
+    assert [u.episode_id for u in (read_sources(sneaked) or kept(second)).used] == [held]
+    with pytest.raises(StageError, match=rf"lists {held} {held}, which is kept for evaluation"):
+        training(second, tmp_path, earlier=[curated[0] / "dataset", sneaked])
+    (sneaked / SOURCES).unlink()
+    with pytest.raises(StageError, match=rf"has the frames of {held}, which is kept for evaluation"):
+        training(second, tmp_path, earlier=[sneaked])
+
+
+def test_what_the_second_turn_holds_out_was_not_trained_on_by_the_first(
+    curated: tuple[Path, CurateResult], second: Path, tmp_path: Path
+) -> None:
+    """The other way round: an episode of the first dataset is put on the list of what is kept."""
+    first = curated[0] / "dataset"
+    root = Path(shutil.copytree(second, tmp_path / "d"))
+    sources = kept(root)
+    used = kept(first).used[0]
+    (root / SOURCES).write_bytes(sources.model_copy(update={"kept": (*sources.kept, used)}).to_bytes())
+    with pytest.raises(StageError, match=rf"{used.episode_id}, which is kept for evaluation"):
+        training(root, tmp_path, earlier=[first])
+
+
+def test_a_yardstick_that_has_grown_since_covers_earlier_data(
+    curated: tuple[Path, CurateResult], second: Path, tmp_path: Path
+) -> None:
+    first = curated[0] / "dataset"
+    used = kept(first).used[0]
+    for names in (used.episode_id, used.content_sha256):
+        grown = tmp_path / "grown.json"
+        grown.write_bytes(Yardstick(held_out_fraction=0.3, episodes=(names,)).to_bytes())
+        with pytest.raises(StageError, match=rf"{used.episode_id}, which is kept for evaluation"):
+            training(second, tmp_path, earlier=[first], yardstick=grown)
+    grown.write_bytes(Yardstick(held_out_fraction=0.99).to_bytes())
+    with pytest.raises(StageError, match=r"earlier_turns"):
+        training(second, tmp_path, earlier=[first], yardstick=grown)
 
 
 def test_a_damaged_list_is_an_error_and_no_permission(

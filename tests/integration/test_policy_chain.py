@@ -118,7 +118,7 @@ def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(
     result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=tmp_path / "old")
     assert np.isfinite(result.loss)
     assert (tmp_path / "out" / "clusters.json").exists(), "the next turn would name its clusters anew"
-    assert result.shares[0] == pytest.approx(0.5, abs=0.2)
+    assert result.pools["new"].share == pytest.approx(0.5, abs=0.2)
     before, after = (load_file(d / "model.safetensors") for d in (BASE, tmp_path / "out"))
     assert any(not np.array_equal(before[k], after[k]) for k in before)
     stats = "policy_preprocessor_step_5_normalizer_processor.safetensors"
@@ -134,6 +134,7 @@ def test_a_training_process_that_is_killed_ends_the_others_and_the_stage(tmp_pat
 
     from flywheel.train import ranks
     from flywheel.train.loop import Job
+    from flywheel.train.pools import Part
     from flywheel.vla import working_copy
 
     start = working_copy(BASE, tmp_path / "start")
@@ -148,7 +149,7 @@ def test_a_training_process_that_is_killed_ends_the_others_and_the_stage(tmp_pat
             os.kill(victims[0], signal.SIGKILL)
 
     with pytest.raises(StageError, match="training process"):
-        ranks.run(Job(start, (tmp_path / "data",), tmp_path / "run", settings), kill)
+        ranks.run(Job(start, (Part("new", tmp_path / "data", 1.0),), tmp_path / "run", settings), kill)
     assert victims
     assert not active_children()
 
@@ -156,10 +157,11 @@ def test_a_training_process_that_is_killed_ends_the_others_and_the_stage(tmp_pat
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     from flywheel.train import ranks
     from flywheel.train.loop import Job
+    from flywheel.train.pools import Part
 
     settings = TrainSettings(batch_size=9, processes=2)
     with pytest.raises(ConfigError, match=r"train\.batch_size=9: must be a multiple of train\.processes=2"):
-        ranks.run(Job(tmp_path, (tmp_path,), tmp_path, settings), lambda *_: None)
+        ranks.run(Job(tmp_path, (Part("new", tmp_path, 1.0),), tmp_path, settings), lambda *_: None)
 
 
 def test_training_on_a_policy_that_is_not_there_says_so(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from flywheel import policies
 from flywheel.claims import INBOX, claims_of
 from flywheel.config import Deployment
-from flywheel.errors import BundleError, ConfigError, StageError
+from flywheel.dataset.earlier import read_earlier
+from flywheel.errors import BundleError, ConfigError, IntegrityError, StageError
 from flywheel.experiments import experiments as listed
 from flywheel.schema import BUNDLE_FILES, GateReport, Verdict, bundle_digest, sha256_file
 from flywheel.store import Store
@@ -112,6 +113,15 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
     assert second.current_digest == first.candidate_digest
     weights = (home.home / "runs/turn-two/data/checkpoint/weights").read_text()
     assert weights.startswith((home.home / "runs/turn-one/data/checkpoint/weights").read_text())
+    # And is trained on what the first one was, too: by content, from the store.
+    earlier = home.home / "runs/turn-two/data/earlier"
+    ((ancestor, dataset),) = read_earlier(earlier)
+    assert (ancestor.turn, ancestor.policy) == ("turn-one", first.candidate_digest)
+    curated = (workspace / "data/curated/dataset/episodes.json").read_text()
+    assert (dataset / "episodes.json").read_text() == curated
+    assert weights.endswith(f"~{curated}")
+    listed_in = json.loads(git(checkout, "show", f"{second.experiment}:data/earlier/earlier.json"))
+    assert [t["dataset"] for t in listed_in["turns"]] == [ancestor.dataset]
 
     shown = experiments(checkout, home)
     assert set(shown) == {"turn-one", "turn-two"}
@@ -194,6 +204,37 @@ def test_two_turns_at_once_and_a_developers_own_experiment_beside_them_are_all_l
     metrics = {name: data["metrics"]["data/curated/curate.json"]["data"] for name, data in shown.items()}
     curated = {name: found["taken"] for name, found in metrics.items()}
     assert curated == {"mine": 1, "turn-one": 2, "turn-two": 2}
+
+
+def test_a_dataset_that_the_store_lost_stops_the_next_turn_before_it_claims_anything(
+    checkout: Path, home: Deployment, store: Store, tmp_path: Path
+) -> None:
+    """A turn that went on without it would unlearn what the last one taught, and nobody would know why."""
+    fail_on_a_robot(store, tmp_path, 1)
+    assert open_turn("turn-one", force=True) is not None
+    for stage in STAGES:
+        assert run_stage("turn-one", stage) == 0
+    made = close_turn("turn-one").candidate_digest
+    fail_on_a_robot(store, tmp_path, 2)
+    (lost,) = store.list("datasets/")
+    data = store.get(lost.key)
+    store.delete(lost.key)
+    with pytest.raises(StageError, match=r"turn-one made policy .* train\.earlier_turns = 0"):
+        open_turn("turn-two", current_digest=made, force=True)
+    assert len(list(store.list(INBOX))) == 1
+    # What came back in its place is damaged: found as the workspace is filled, and not left there.
+    store.put(lost.key, b"something else")
+    with pytest.raises(IntegrityError, match="not the dataset that turn-one was trained on"):
+        open_turn("turn-two", current_digest=made, force=True)
+    store.put(lost.key, data)
+    assert open_turn("turn-two", current_digest=made, force=True) is not None
+    assert len(read_earlier(home.home / "runs/turn-two/data/earlier")) == 1
+    # Or a person has it forgotten on purpose.
+    store.delete(lost.key)
+    fail_on_a_robot(store, tmp_path, 3)
+    forget = {"train.earlier_turns": 0}
+    assert open_turn("turn-three", current_digest=made, force=True, adjust=forget) is not None
+    assert read_earlier(home.home / "runs/turn-three/data/earlier") == []
 
 
 def test_sigterm_reaches_a_stage_and_a_failed_turn_is_an_experiment_too(
