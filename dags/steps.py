@@ -12,10 +12,11 @@ from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from flywheel import approvals, rollout, turn, upkeep
+from flywheel import approvals, catalogue, rollout, turn, upkeep
 from flywheel.config import PARAMS_FILE, Deployment, Settings
 from flywheel.errors import StageError, StoreUnavailable
 from flywheel.keys import ROOT_FILE
+from flywheel.label import form
 from flywheel.release import Publisher
 from flywheel.schema import GateReport, Group, RolloutStage, Verdict
 from flywheel.store import Store
@@ -145,6 +146,25 @@ def outcome(name: str | None, rollout_id: str | None) -> str:
     return f"{name}: policy {result.candidate_digest[:12]}: {state.stage}: {state.reason}"
 
 
+def gather(run_id: str) -> dict[str, Any]:
+    """The form's questions and its text; skips where nothing is to be asked."""
+    found = form.make(Store.from_env(), run_id, _settings().label.budget)
+    if not found:
+        raise AirflowSkipException("every question is asked or answered")
+    return {"count": len(found), "body": form.body(found)}
+
+
+def keep(run_id: str, answered: Mapping[str, Any]) -> int:
+    """Keep what somebody answered; how many episodes."""
+    by = answered["by"]
+    try:
+        said = form.keep(Store.from_env(), run_id, answered["given"], by, answered["unix_ns"])
+    except StageError as e:
+        raise AirflowFailException(str(e)) from e
+    print(f"{by or 'nobody'} answered about {len(said)} episodes")
+    return len(said)
+
+
 def renew() -> float:
     """Sign what is about to expire; the hours for which robots take what is signed."""
     hours = upkeep.renew(_signing()[1])
@@ -158,6 +178,13 @@ def clear() -> list[str]:
     done = upkeep.clear(Store.from_env(deployment), deployment, _settings(), datetime.now(UTC))
     print("\n".join(done) or "nothing to clear")
     return done
+
+
+def ingest() -> dict[str, int]:
+    """Bring the catalogue up to date."""
+    deployment = Deployment.from_env()
+    done = catalogue.ingest(Store.from_env(deployment), ray=deployment.ray)
+    return done.model_dump(include={"seen", "read", "refused", "vanished"})
 
 
 def attention() -> None:

@@ -8,6 +8,7 @@ Looks after what nobody starts a turn for, every `watch.period_s` (params.yaml).
 3. **attention** fails where a person should look: silent robots, refused releases, missed deadlines, uploads
    that do not get through, turns without an end, failures that no turn takes. Its log says which, and what to
    do; give it an `on_failure_callback` to be told.
+4. **catalogue** adds the episodes that came since to the catalogue that `flywheel episodes ls --where` asks
 """
 
 from __future__ import annotations
@@ -51,9 +52,16 @@ def watch() -> None:
 
         steps.attention()
 
+    @task
+    def catalogue() -> dict[str, int]:
+        from dags import steps
+
+        return steps.ingest()
+
     renew()
     clear()
     attention()
+    catalogue()
 
 
 watch()

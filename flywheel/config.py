@@ -172,6 +172,7 @@ class LabelSettings(Section):
     min_confidence: Fraction = 0.5  # a failure mode or cause that is less sure asks for a person
     budget: Annotated[int, Field(ge=0)] = 10  # most episodes of one turn that people are asked about
     audit_fraction: Fraction = 0.2  # of the budget that is drawn blindly, to check the confidences
+    form_s: Positive = 604_800.0  # how long a form with questions stays open in Airflow
     reference_runs: Annotated[int, Field(ge=0, le=1000)] = 24  # that novelty is measured against; 0: not
 
 
@@ -414,8 +415,9 @@ class Deployment(Section):
     ``FLYWHEEL_SITE``       site name, default ``local``
     ``FLYWHEEL_ROBOT``      robot name, default the host's name
     ``FLYWHEEL_APPROVERS``  Airflow users who may approve a release, with commas; default ``ops``
-    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue: ``ray://host:10001``, ``auto`` (this
-                            machine's) or ``local`` (one of its own); default: this process scans
+    ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue and looks at episodes for curation:
+                            ``ray://host:10001``, ``auto`` (this machine's) or ``local`` (one of its
+                            own); default: this process does it
     ======================  =====================================================================
 
     With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.

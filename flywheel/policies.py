@@ -86,10 +86,15 @@ def find(store: Store, digest: str) -> PolicyRecord | None:
     return found
 
 
-def fetch(store: Store, digest: str, into: Path) -> None:
-    """Download a policy, every file verified; files that are there already are kept."""
+def fetch(store: Store, digest: str, into: Path, *, bundle_only: bool = False) -> None:
+    """Download a policy, every file verified; files that are there already are kept.
+
+    ``bundle_only``: what looks and acts, without the checkpoint that training starts from.
+    """
     found = record(store, digest)
     for name, (key, sha) in _keys(found).items():
+        if bundle_only and not name.startswith("bundle/"):
+            continue
         path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path.is_file() and sha256_file(path) == sha):

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from flywheel.config import RecorderSettings
+from flywheel.edge.control_ring import ControlRing, control_dtype
 from flywheel.edge.images import FrameRing
 from flywheel.edge.link import Ring
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.edge.rows import EventLog, Rings, control_dtype, event_dtype, frame_dtype
+from flywheel.edge.rows import EventLog, Rings, event_dtype, frame_dtype
 from flywheel.schema import Manifest, Mode
 from tests.samples import ACTION, CAMERAS, CHUNK, DIGEST, EPOCH_NS, JOINTS, STATE, jpeg
 
@@ -44,7 +45,7 @@ class Stage:
     ) -> None:
         frame = frame_dtype(dict.fromkeys(CAMERAS, (64, 64)), STATE, CHUNK, ACTION)
         self.rings = Rings(
-            Ring(control_dtype(JOINTS), control_rows),
+            ControlRing(control_dtype(JOINTS), control_rows),
             FrameRing(frame, 64, 1 << 20),
             Ring(event_dtype(), 64),
         )

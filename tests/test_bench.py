@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flywheel.edge.bench import HISTOGRAM_US, Taken, _histogram, _misses
+from flywheel.edge.control_ring import control_dtype
 from flywheel.edge.link import Records
-from flywheel.edge.rows import control_dtype
 from flywheel.robot.free import AMPLITUDE_RAD, JOINTS, FreeRobot, chunk, sine
 from flywheel.schema import Mode
 

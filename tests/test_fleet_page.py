@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -307,7 +308,7 @@ def test_a_request_out_of_bounds_is_told_which_field_is_wrong(query: str, named:
 def test_only_places_of_episodes_are_read(at: str) -> None:
     store = BucketStore()
     client = client_of(store)
-    for path in ("/failure", "/thumbnail"):
+    for path in ("/failure", "/thumbnail", "/plot"):
         assert client.get(path, params={"at": at}).status_code == 400
     assert store.server.requests == 0
 
@@ -533,6 +534,9 @@ def test_an_episode_is_drawn_with_its_pictures(tmp_path: Path) -> None:
         answer = client.get(f"/{src}")
         assert answer.headers["content-type"] == "image/jpeg"
         assert answer.content.startswith(b"\xff\xd8\xff")
+    plot = client.get("/plot", params={"at": at})
+    assert plot.headers["content-type"] == "image/svg+xml"
+    assert "tracking error" in "".join(ElementTree.fromstring(plot.content).itertext())
     assert client.get("/picture", params={"at": at, "camera": "none", "row": 0}).status_code == 404
     assert client.get("/picture", params={"at": at, "camera": "scene", "row": 10**8}).status_code == 404
 
@@ -564,7 +568,8 @@ def test_a_picture_that_is_no_picture_is_not_given_to_a_browser(
     for f in directory.iterdir():
         store.put(at + f.name, f.read_bytes())
     client = client_of(store)
-    for path in (f"/thumbnail?at={quote(at)}", f"/picture?at={quote(at)}&camera=scene&row=0"):
+    paths = (f"/thumbnail?at={quote(at)}", f"/plot?at={quote(at)}")
+    for path in (*paths, f"/picture?at={quote(at)}&camera=scene&row=0"):
         answer = client.get(path)
         assert answer.status_code >= 400
         assert b"<svg onload" not in answer.content

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from flywheel.edge import loop, realtime
-from flywheel.edge.link import Arena, Ring, Seqlock
+from flywheel.edge.control_ring import ControlRing, control_dtype
+from flywheel.edge.link import Arena, Seqlock
 from flywheel.edge.processes import Plan, Shared
-from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype, control_dtype
+from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype
 from flywheel.edge.system1 import System1
 from flywheel.edge.tick import HEARTBEAT
 from flywheel.robot import JointState
@@ -48,7 +49,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.slot = Seqlock(chunk_dtype(JOINTS))
-        self.ring = Ring(control_dtype(JOINTS), 4096)
+        self.ring = ControlRing(control_dtype(JOINTS), 4096)
         self.system = System1(Still(), 1000.0, self.slot, self.ring, wall=True)
         self.now = 0
 

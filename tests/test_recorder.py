@@ -353,6 +353,33 @@ def test_a_recorder_that_was_away_too_long_counts_what_it_missed(tmp_path: Path)
     assert [p.reason for p in verify(tmp_path / m.episode_id)] == ["gap", "drops"]
 
 
+def test_a_stop_whose_rows_were_overwritten_before_anybody_saw_them_is_recorded(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, control_rows=256)
+    stage.play(1.0)
+    stage.play(0.3, poll=False)
+    stopped = stage.now
+    stage.mode = Mode.STOP_1
+    stage.play(0.04, poll=False)
+    stage.mode = Mode.FOLLOW
+    stage.play(0.5, poll=False)  # the ring has forgotten the stop
+    (m,) = stage.play(1.0)
+    assert [(t.kind, t.t_ns) for t in m.triggers] == [(TriggerKind.SAFETY_STOP, stopped)]
+    assert m.window_ns == (stopped - S, stopped + S // 2)
+    assert m.drops + load(tmp_path, m).control.num_rows == 1500
+    assert stage.play(1.0) == []
+
+
+def test_a_stop_that_goes_on_when_the_rows_come_back_is_one_stop(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, control_rows=256)
+    stage.play(1.0)
+    stage.play(0.1, poll=False)
+    stopped = stage.now
+    stage.mode = Mode.STOP_1
+    stage.play(0.6, poll=False)
+    sealed = stage.play(1.0)
+    assert [(t.kind, t.t_ns) for m in sealed for t in m.triggers] == [(TriggerKind.SAFETY_STOP, stopped)]
+
+
 def test_what_was_missed_long_before_is_not_counted(tmp_path: Path) -> None:
     stage = Stage(tmp_path, control_rows=256)
     stage.play(0.5, poll=False)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flywheel.edge.journal import Journal
 from flywheel.edge.recorder import Recorder
 from flywheel.episode import as_array, prepare, read, verify
-from flywheel.schema import Manifest, TriggerKind
+from flywheel.schema import Manifest, Mode, TriggerKind
 from tests.recording import IDENTITY, MS, WINDOWS, S, Stage
 
 
@@ -223,6 +223,28 @@ def test_names_follow_from_robot_boot_and_trigger(tmp_path: Path) -> None:
         assert again[0] == again[1]
         names.add(again[0].episode_id)
     assert len(names) == 2  # another boot, other names
+
+
+def test_a_stop_while_the_recorder_was_dead_for_longer_than_the_rows_last_is_recorded_once(
+    tmp_path: Path,
+) -> None:
+    stage = Mortal(tmp_path, control_rows=256)
+    stage.mode = Mode.STOP_1
+    stage.run(1.0)  # that one was seen
+    stage.mode = Mode.FOLLOW
+    stage.run(2.0)
+    stage.mode = Mode.STOP_0
+    stage.play(0.05, poll=False)
+    stopped = stage.now - 50 * MS
+    stage.mode = Mode.FOLLOW
+    stage.play(1.0, poll=False)
+    stage.restart()
+    assert stage.recorder.status.resumed
+    stage.run(1.0)
+    stage.restart()
+    stage.run(1.0)
+    stops = [t.t_ns for m in stage.sealed for t in m.triggers if t.kind == TriggerKind.SAFETY_STOP]
+    assert stops == [0, stopped]
 
 
 def test_a_journal_of_other_rings_is_not_believed(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flywheel.edge.link import Ring, Seqlock
-from flywheel.edge.rows import chunk_dtype, control_dtype
+from flywheel.edge.control_ring import ControlRing, control_dtype
+from flywheel.edge.link import Seqlock
+from flywheel.edge.rows import chunk_dtype
 from flywheel.edge.safety import ACCELERATION, JERK, VELOCITY
 from flywheel.edge.system1 import System1
 from flywheel.errors import ConfigError
@@ -37,7 +38,7 @@ class Driven:
     def __init__(self, robot: Any) -> None:
         self.robot = robot
         self.slot = Seqlock(chunk_dtype(JOINTS))
-        self.ring = Ring(control_dtype(JOINTS), 1 << 12)
+        self.ring = ControlRing(control_dtype(JOINTS), 1 << 12)
         self.system = System1(robot, robot.rate_hz, self.slot, self.ring)
         self.period = round(1e9 / robot.rate_hz)
         self.now = 0
@@ -134,7 +135,7 @@ def test_a_stopped_position_robot_is_told_to_stay_where_it_is(limits_file: Path)
 def test_a_robot_cannot_write_into_the_reference_that_it_is_given() -> None:
     robot = Tiny()
     robot.takes = "position"
-    system = System1(robot, 1000.0, Seqlock(chunk_dtype(JOINTS)), Ring(control_dtype(JOINTS), 8))
+    system = System1(robot, 1000.0, Seqlock(chunk_dtype(JOINTS)), ControlRing(control_dtype(JOINTS), 8))
     with pytest.raises(ValueError, match="read-only"):
         system.command[0] = 1.0
 
@@ -155,7 +156,7 @@ def test_a_robot_that_takes_something_else_is_refused() -> None:
     robot = Tiny()
     robot.takes = "velocity"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="takes = 'velocity'"):
-        System1(robot, 1000.0, Seqlock(chunk_dtype(JOINTS)), Ring(control_dtype(JOINTS), 8))
+        System1(robot, 1000.0, Seqlock(chunk_dtype(JOINTS)), ControlRing(control_dtype(JOINTS), 8))
 
 
 # ── a device in a process of its own ──────────────────────────────────────────────────────────────────
@@ -206,7 +207,7 @@ def test_a_bus_that_falls_silent_is_a_stop_and_never_an_exception(what: str) -> 
         assert state.stop_input
         wait_for(lambda: look(LOST * 10 + 20))
         assert np.isnan(state.q).all()
-        system = System1(robot, 100.0, Seqlock(chunk_dtype(JOINTS)), Ring(control_dtype(JOINTS), 8))
+        system = System1(robot, 100.0, Seqlock(chunk_dtype(JOINTS)), ControlRing(control_dtype(JOINTS), 8))
         system.tick(0)
         assert system.mode == Mode.STOP_0
         assert system.limits_acted & Limit.NOT_FINITE

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flywheel.edge.link import Records, Ring, Seqlock
-from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype, control_dtype
+from flywheel.edge.control_ring import ControlRing, control_dtype
+from flywheel.edge.link import Records, Seqlock
+from flywheel.edge.rows import CHUNK_STEPS, chunk_dtype
 from flywheel.edge.safety import (
     ACCELERATION,
     CATEGORY_0,
@@ -44,7 +45,7 @@ class Rig:
         self.robot.limits = limits(**changes)
         self.table = self.robot.limits.table()
         self.slot = Seqlock(chunk_dtype(JOINTS))
-        self.ring = Ring(control_dtype(JOINTS), 1 << 14)
+        self.ring = ControlRing(control_dtype(JOINTS), 1 << 14)
         self.control = np.zeros(CONTROL_WORDS, np.int64)
         self.system = System1(self.robot, rate_hz, self.slot, self.ring, self.control)
         self.period = round(1e9 / rate_hz)
@@ -287,6 +288,21 @@ def test_the_limits_file_bounds_the_age_that_a_chunk_may_claim() -> None:
     rig.send(rig.approach(), valid_s=1000.0)
     rig.run(1.002)
     assert rig.mode() == Mode.CARRY_ON
+
+
+def test_every_change_of_mode_is_kept_beside_the_rows() -> None:
+    rig = Rig()
+    rig.follow()
+    rig.run(2.0)  # the chunk runs out
+    rig.control[COMMAND] = CATEGORY_1
+    rig.run(0.5)
+    rows = rig.rows()
+    changes = rig.ring.changes.reader().poll().rows
+    first = np.flatnonzero(np.diff(rows["mode"], prepend=-1))
+    assert len(first) >= 5
+    assert changes["row"].tolist() == first.tolist()
+    for name in rows.dtype.names or ():
+        assert np.array_equal(changes[name], rows[first][name]), name
 
 
 def test_recovery_needs_chunks_in_a_row_and_does_not_jump() -> None:
@@ -655,12 +671,12 @@ def test_a_new_episode_forgets_the_last_one() -> None:
 def test_wrong_joints_are_refused_before_anything_moves() -> None:
     robot = Tiny()
     with pytest.raises(ValueError, match="made for 2 joints"):
-        System1(robot, 1000.0, Seqlock(chunk_dtype(3)), Ring(control_dtype(2), 8))
+        System1(robot, 1000.0, Seqlock(chunk_dtype(3)), ControlRing(control_dtype(2), 8))
     with pytest.raises(ConfigError, match=r"edge\.control_hz=500: tiny takes commands at 1000 Hz"):
-        System1(robot, 500.0, Seqlock(chunk_dtype(2)), Ring(control_dtype(2), 8))
+        System1(robot, 500.0, Seqlock(chunk_dtype(2)), ControlRing(control_dtype(2), 8))
     robot.joints = 3
     with pytest.raises(ValueError, match="its limits are for 2"):
-        System1(robot, 1000.0, Seqlock(chunk_dtype(3)), Ring(control_dtype(3), 8))
+        System1(robot, 1000.0, Seqlock(chunk_dtype(3)), ControlRing(control_dtype(3), 8))
 
 
 def test_heartbeats_are_not_looked_for_in_lockstep() -> None:

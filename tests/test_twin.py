@@ -255,15 +255,16 @@ def test_an_arm_without_power_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize("rate_hz", [100.0, 250.0, 500.0])
 def test_the_twin_is_controlled_at_rates_that_divide_its_physics(rate_hz: float) -> None:
-    from flywheel.edge.link import Ring, Seqlock
-    from flywheel.edge.rows import chunk_dtype, control_dtype
+    from flywheel.edge.control_ring import ControlRing, control_dtype
+    from flywheel.edge.link import Seqlock
+    from flywheel.edge.rows import chunk_dtype
     from flywheel.edge.system1 import System1
     from flywheel.robot.twin import TwinRobot
     from flywheel.schema import Mode
 
     robot = TwinRobot(Cell(LAB), cameras=(), rate_hz=rate_hz)
     robot.reset(3)
-    slot, ring = Seqlock(chunk_dtype(JOINTS)), Ring(control_dtype(JOINTS), 4096)
+    slot, ring = Seqlock(chunk_dtype(JOINTS)), ControlRing(control_dtype(JOINTS), 4096)
     system1 = System1(robot, rate_hz, slot, ring)
     start = robot.cell.q.copy()
     period = round(1e9 / rate_hz)

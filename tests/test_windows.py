@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flywheel.config import RecorderSettings
+from flywheel.edge.control_ring import control_dtype
 from flywheel.edge.images import FrameRing
-from flywheel.edge.rows import control_dtype, frame_dtype
+from flywheel.edge.rows import frame_dtype
 from flywheel.edge.rules import RULES
 from flywheel.edge.triggers import Detector, Happening, What
 from flywheel.edge.windows import PATIENCE_NS, Window, Windows

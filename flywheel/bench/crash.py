@@ -31,11 +31,12 @@ import numpy as np
 from flywheel.bench.faulty import Fault, Faulty
 from flywheel.config import RecorderSettings
 from flywheel.edge.bench import machine
+from flywheel.edge.control_ring import ControlRing, control_dtype
 from flywheel.edge.images import FrameRing
 from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Words
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.edge.rows import EventLog, Rings, control_dtype, event_dtype, frame_dtype
+from flywheel.edge.rows import EventLog, Rings, event_dtype, frame_dtype
 from flywheel.edge.spool import Queue, Spool
 from flywheel.episode import as_array, ls, pull, read, verify
 from flywheel.errors import FlywheelError
@@ -84,7 +85,7 @@ class Rig:
     def __post_init__(self) -> None:
         frame = frame_dtype(CAMERAS, STATE, CHUNK, ACTION)
         sizes = (
-            Ring.nbytes(control_dtype(JOINTS), CONTROL_ROWS),
+            ControlRing.room(control_dtype(JOINTS), CONTROL_ROWS),
             FrameRing.room(frame, FRAME_ROWS, 1 << 20),
             Ring.nbytes(event_dtype(), EVENT_ROWS),
             JOURNAL_BYTES,
@@ -93,7 +94,7 @@ class Rig:
         self.arena = Arena.create("flywheel-crash", sum(-(-s // 64) * 64 for s in sizes))
         room = [self.arena.carve(s) for s in sizes]
         self.rings = Rings(
-            Ring(control_dtype(JOINTS), CONTROL_ROWS, room[0]),
+            ControlRing(control_dtype(JOINTS), CONTROL_ROWS, room[0]),
             FrameRing(frame, FRAME_ROWS, 1 << 20, room[1]),
             Ring(event_dtype(), EVENT_ROWS, room[2]),
         )

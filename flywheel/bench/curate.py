@@ -4,7 +4,8 @@ Episodes are recorded in the twin by the product's own runtime and recorder: the
 moment, the operator corrects. The scan is taken in turns with a bare pyarrow read of the same files; it comes
 as a whole and in parts, since pyarrow decodes no picture. Poison is 10 % of each input
 (``flywheel.bench.poison``); what is mislabelled or corrupted was made from episodes that are not in the
-input, so that nothing is found for being a repeat only. Kills are SIGKILLs of a process that curates.
+input, so that nothing is found for being a repeat only. Kills are SIGKILLs of a process that curates. With
+``FLYWHEEL_RAY`` set, that cluster curates the same input once more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from flywheel import __version__, episode
 from flywheel.bench.poison import KINDS, Poisoned, poisoned
-from flywheel.config import CurateSettings, EdgeSettings, RecorderSettings
+from flywheel.config import CurateSettings, Deployment, EdgeSettings, RecorderSettings
 from flywheel.curate import curate as run_stage
 from flywheel.curate.checks import Signals, check_signals
 from flywheel.curate.examine import Candidate, examine
@@ -184,6 +185,37 @@ def poison_figures(found: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
+def changed(
+    sound: Sequence[Path], made: Sequence[Poisoned], root: Path, rounds: int, seed: int
+) -> dict[str, float]:
+    """Datasets made of the sound episodes and a tenth of poison, against the one of the sound alone: where
+    they are the same, byte for byte, the poison cannot change what is learned."""
+
+    def made_of(name: str, parts: Sequence[Path]) -> str:
+        inbox = root / name / "in"
+        inbox.mkdir(parents=True)
+        for i, d in enumerate(parts):
+            beside = inbox / d.name
+            shutil.copytree(
+                d, beside if not beside.exists() else inbox / f"{d.name}-{i}", copy_function=os.link
+            )
+        digest = run_stage(inbox, root / name / "out", SETTINGS).dataset_sha256
+        shutil.rmtree(root / name)
+        return digest
+
+    alone = made_of("alone", sound)
+    each = max(1, round(len(sound) * SHARE / (1 - SHARE)))
+    order = np.random.default_rng(seed).permutation(len(made))
+    starts = range(0, len(order), each)[:rounds]
+    others = [
+        made_of(f"poison{k}", [*sound, *(made[i].directory for i in order[k : k + each])]) for k in starts
+    ]
+    return {
+        "inputs_with_poison": float(len(others)),
+        "datasets_changed_by_poison": float(sum(d != alone for d in others)),
+    }
+
+
 # ── kills ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -239,6 +271,14 @@ def kills(inbox: Path, root: Path, count: int, seed: int) -> dict[str, float]:
     }
 
 
+def on_ray(inbox: Path, root: Path, ray: str) -> dict[str, float]:
+    """The same curation here and on a cluster: 0 if they come to the same, byte for byte."""
+    here, there = run_stage(inbox, root / "here", SETTINGS), run_stage(inbox, root / "ray", SETTINGS, ray=ray)
+    selections = [(root / x / "selection.parquet").read_bytes() for x in ("here", "ray")]
+    same = here == there and selections[0] == selections[1] and _same(root / "ray", here.dataset_sha256)
+    return {"differences_on_ray": float(not same)}
+
+
 def _same(out: Path, expected: str) -> bool:
     return (out / "dataset").is_dir() and dataset_digest(out / "dataset") == expected
 
@@ -277,22 +317,33 @@ def _document(
     candidates = [examine(d, SETTINGS) for d in sound]
     found = judge(candidates, [(p, examine(p.directory, SETTINGS)) for p in made])
     figures |= poison_figures(found)
+    figures |= changed(sound, made, root / "changed", 1000 if full else 3, seed=4)
     inbox = root / "inbox"
     inbox.mkdir()
     for d in [*sound[:10], *(p.directory for p in made[:2])]:
         shutil.copytree(d, inbox / d.name)
     figures |= kills(inbox, root / "kills", 40 if full else 4, seed=3)
+    if ray := Deployment.from_env().ray:
+        figures |= on_ray(root / "sound", root / "on_ray", ray)
     figures |= {"episodes": float(len(sound)), "recorded_s": recorded_s, "seconds": time.monotonic() - begun}
     bars = {
         "examine_ratio_bare": (figures["examine_ratio_bare"], ">=", 0.5),
         "poison_found_all": (figures["poison_found_all"], ">=", 0.95),
+        "datasets_changed_by_poison": (figures["datasets_changed_by_poison"], "<=", 0.0),
         "differences_after_kills": (figures["differences_after_kills"], "<=", 0.0),
         "differences_of_two_at_once": (figures["differences_of_two_at_once"], "<=", 0.0),
     }
+    if ray:
+        bars["differences_on_ray"] = (figures["differences_on_ray"], "<=", 0.0)
     return {
         "bench": "curate",
         "machine": machine(),
-        "load": {"before": load, "after": os.getloadavg(), "named": "curation alone", **found},
+        "load": {
+            "before": load,
+            "after": os.getloadavg(),
+            "named": f"curation alone; ray: {ray or 'none'}",
+            **found,
+        },
         "figures": figures,
         "bars": {
             k: {"value": v, "op": op, "bar": bar, "ok": v <= bar if op == "<=" else v >= bar}

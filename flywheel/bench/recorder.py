@@ -26,13 +26,14 @@ import numpy.typing as npt
 from flywheel.config import RecorderSettings
 from flywheel.edge.bench import machine
 from flywheel.edge.compiled import compiled
+from flywheel.edge.control_ring import ROW_MODE, ROW_T, ControlRing, control_dtype, control_push
 from flywheel.edge.figures import Quantiles
 from flywheel.edge.images import FrameRing
 from flywheel.edge.journal import JOURNAL_BYTES, Journal
-from flywheel.edge.link import Arena, Ring, Words, ring_push
+from flywheel.edge.link import Arena, Ring, Words
 from flywheel.edge.realtime import clock_ns, timespec
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.edge.rows import EventLog, Rings, control_dtype, event_dtype, frame_dtype, image_bytes
+from flywheel.edge.rows import EventLog, Rings, event_dtype, frame_dtype, image_bytes
 from flywheel.edge.spool import Spool
 from flywheel.edge.system2 import encode_image
 from flywheel.episode import read, seal
@@ -47,12 +48,15 @@ PRE_S = 10.0
 
 
 @compiled
-def _ticks(header: Words, rows: Words, row: Words, took: Words, ts: Words) -> None:
-    """Append ``took.size`` rows; how long each took, ns."""
+def _ticks(
+    header: Words, rows: Words, changes_header: Words, changes: Words, row: Words, took: Words, ts: Words
+) -> None:
+    """Append ``took.size`` rows, each with another mode than the last; how long each took, ns."""
     for k in range(took.size):
         begun = clock_ns(ts)
-        row[0] = begun
-        ring_push(header, rows, row)
+        row[ROW_T] = begun
+        row[ROW_MODE] = k % 2
+        control_push(header, rows, changes_header, changes, row)
         took[k] = clock_ns(ts) - begun
 
 
@@ -64,7 +68,7 @@ class _Robot:
         counts = (round(KEEP_S * 1000), round(KEEP_S * FRAME_HZ), 256)
         pictures = image_bytes(CAMERAS, counts[1]) // 2  # half a byte a pixel: these take 0.2 to 0.4
         self.sizes = {
-            "control": Ring.nbytes(control_dtype(JOINTS), counts[0]),
+            "control": ControlRing.room(control_dtype(JOINTS), counts[0]),
             "frames": FrameRing.room(frame, counts[1], pictures),
             "events": Ring.nbytes(event_dtype(), counts[2]),
             "journal": JOURNAL_BYTES,
@@ -72,7 +76,7 @@ class _Robot:
         self.arena = Arena.create("flywheel-bench", sum(-(-s // 64) * 64 for s in self.sizes.values()))
         room = [self.arena.carve(s) for s in self.sizes.values()]
         self.rings = Rings(
-            Ring(control_dtype(JOINTS), counts[0], room[0]),
+            ControlRing(control_dtype(JOINTS), counts[0], room[0]),
             FrameRing(frame, counts[1], pictures, room[1]),
             Ring(event_dtype(), counts[2], room[2]),
         )
@@ -161,12 +165,12 @@ def recorder(full: bool = False) -> dict[str, Any]:
 
 def _on_the_control_path(robot: _Robot, n: int) -> dict[str, float]:
     """One row of System 1, and one trigger told by System 2; the recorder itself is in another process."""
-    ring = Ring(control_dtype(JOINTS), 4096)
+    ring = ControlRing(control_dtype(JOINTS), 4096)
     row: Words = ring.record().view(np.int64)
     took: Words = np.zeros(n, np.int64)
     ts = timespec()
-    _ticks(ring.header, ring.rows, row, took[:10], ts)
-    _ticks(ring.header, ring.rows, row, took, ts)
+    _ticks(*ring.memory, row, took[:10], ts)
+    _ticks(*ring.memory, row, took, ts)
     log = EventLog(Ring(event_dtype(), 256))
     told: Words = np.zeros(n // 10, np.int64)
     for k in range(len(told)):

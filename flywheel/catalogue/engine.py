@@ -139,7 +139,7 @@ def load(ray: str = "") -> Any:
         import daft
         import daft.exceptions
     except ImportError:
-        raise ConfigError("the catalogue needs daft: install flywheel[cloud]") from None
+        raise ConfigError("daft is not installed: install flywheel[cloud]") from None
     if ray and importlib.util.find_spec("ray") is None:
         raise ConfigError(f"FLYWHEEL_RAY={ray!r}: Ray is not installed; install flywheel[ray]")
     wanted = "ray" if ray else "native"

@@ -121,7 +121,7 @@ def _bundle(policy: Path | None, directory: Path, there: Store | None, into: Pat
         return base
     if there is not None:
         try:
-            policies.fetch(there, digest, into / "policy")
+            policies.fetch(there, digest, into / "policy", bundle_only=True)
             return into / "policy" / "bundle"
         except (BundleError, StoreError):
             pass  # the page says whose eyes it looked with, or that it had none

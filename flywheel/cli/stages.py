@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flywheel.cli.output import Bar, Json, show
-from flywheel.config import PARAMS_FILE, Settings
+from flywheel.config import PARAMS_FILE, Deployment, Settings
 from flywheel.errors import EpisodeError
 
 Params = Annotated[Path, typer.Option(help="Settings file.")]
@@ -76,7 +76,9 @@ def curate(
         def on_progress(what: str, n: int, of: int) -> None:
             bar.to(n, of, what)
 
-        show(run(episodes, out, settings, on_progress, policy=policy, yardstick=yardstick), json)
+        ray = Deployment.from_env().ray
+        found = run(episodes, out, settings, on_progress, policy=policy, yardstick=yardstick, ray=ray)
+    show(found, json)
 
 
 def train(

@@ -18,9 +18,10 @@ from flywheel import episode
 from flywheel.config import CurateSettings
 from flywheel.curate.clusters import CLUSTERS, Examples
 from flywheel.curate.embed import Encoder, NoEncoder
-from flywheel.curate.examine import Candidate, examine, read_frames
+from flywheel.curate.examine import Candidate, read_frames
 from flywheel.curate.repeats import check_together
 from flywheel.curate.select import Selected, identity, select
+from flywheel.curate.spread import examine_all
 from flywheel.dataset import Clip, Jpegs, dataset_digest, write_dataset
 from flywheel.dataset.yardstick import SOURCES, Source, Sources, Yardstick, read_sources
 from flywheel.errors import EpisodeError, StageError
@@ -104,6 +105,7 @@ def curate(
     *,
     policy: Path | None = None,
     yardstick: Path | None = None,
+    ray: str = "",
 ) -> CurateResult:
     """Examine every episode directory in ``episodes_dir``; write the dataset, its selection and metrics.
 
@@ -111,12 +113,13 @@ def curate(
     ``SELECTION_SCHEMA``) and ``out/curate.json``; each is replaced as a whole, and two curations of the same
     ``out`` wait for one another. ``policy``: a checkpoint with its bundle inside, by whose encoder episodes
     are compared, whose clusters keep their names and whose held-out episodes stay so. ``yardstick``: what is
-    never trained on.
+    never trained on. ``ray``: a cluster that looks at the episodes (``Deployment.ray``).
 
     Raises:
         StageError: nothing is usable; the selection is written all the same.
         BundleError: the policy's bundle is missing or damaged.
         ConfigError: the yardstick cannot be read.
+        ServiceError: the cluster does not answer.
     """
     tell = on_progress or (lambda what, done, of: None)
     if not episodes_dir.is_dir():
@@ -127,10 +130,7 @@ def curate(
     before = None if policy is None else read_sources(policy)
     kept = () if before is None else before.kept
     directories = sorted(d for d in episodes_dir.iterdir() if d.is_dir() and not d.name.startswith("."))
-    candidates = []
-    for i, directory in enumerate(directories):
-        candidates.append(examine(directory, settings))
-        tell("examine", i + 1, len(directories))
+    candidates = examine_all(directories, settings, lambda n, of: tell("examine", n, of), ray)
     check_together(candidates, settings.checks)
     names = {name for k in kept for name in (k.episode_id, k.content_sha256)}
     selected = select(candidates, settings, encoder, rule, earlier, why, names)

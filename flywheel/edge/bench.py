@@ -32,12 +32,13 @@ import numpy.typing as npt
 
 from flywheel.config import RecorderSettings, checkout
 from flywheel.edge import realtime
+from flywheel.edge.control_ring import ControlRing, control_dtype
 from flywheel.edge.figures import Quantiles
 from flywheel.edge.link import Records, Ring
 from flywheel.edge.lockstep import tracking_error
 from flywheel.edge.processes import Plan
 from flywheel.edge.recorder import Identity, Recorder
-from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, control_dtype, event_dtype
+from flywheel.edge.rows import CHUNK_STEPS, EventLog, Rings, event_dtype
 from flywheel.edge.runtime import Wall, read_bundle
 from flywheel.edge.tick import HEARTBEAT
 from flywheel.errors import BundleError
@@ -312,13 +313,13 @@ def _recorder(wall: Wall) -> Iterator[tuple[Poll, Poll]]:
     """Two recorders that seal two seconds of everything, twice a second or as fast as the disk takes it: one
     for System 1's turns, and one for its peers', when no System 1 writes rows, on as many made-up ones. So
     the load beside them is the same."""
-    made_up = Ring(control_dtype(JOINTS), wall.shared.control.capacity)
+    made_up = ControlRing(control_dtype(JOINTS), wall.shared.control.capacity)
     row = made_up.record()
     noise = np.random.default_rng(0).standard_normal((64, 4, JOINTS))  # zeros would compress too well
     settings = RecorderSettings(pre_s=2.0, post_s=0.2, min_interval_s=0.5)
     with tempfile.TemporaryDirectory(prefix="flywheel-bench-") as directory, ExitStack() as stack:
 
-        def recorder(name: str, control: Ring) -> Poll:
+        def recorder(name: str, control: ControlRing) -> Poll:
             events = EventLog(Ring(event_dtype(), 256))
             recorder = Recorder(
                 Rings(control, wall.shared.frames, events.ring), settings, Path(directory) / name,

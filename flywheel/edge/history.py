@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flywheel import schema
+from flywheel.edge.control_ring import ControlRing
 from flywheel.edge.images import FrameRing
 from flywheel.edge.link import Records, Ring
 from flywheel.edge.rows import Rings
@@ -232,6 +233,27 @@ class Source:
         fresh = min(max(self.seen - batch.first, 0), len(batch.rows))
         self.seen = max(self.seen, batch.first + len(batch.rows))
         return News(batch.rows, missed, fresh)
+
+
+class ControlSource(Source):
+    """The control ring. ``unseen``: of the rows that were lost before the last ``poll`` and that nobody has
+    looked at, those in which the mode changed (``control_ring.change_dtype``)."""
+
+    def __init__(self, ring: ControlRing, seen: int = 0, began: int | None = None) -> None:
+        super().__init__(ring, seen, began)
+        self._changes = ring.changes.reader()
+        self._later = self.unseen = self._changes.poll(0).rows
+
+    def poll(self) -> News:
+        """New rows and how many were lost before them."""
+        seen, known = self.seen, self.began is not None
+        news = super().poll()
+        changes = np.concatenate([self._later, self._changes.poll().rows])
+        # A change is told of before its row, so what comes next may already be among them.
+        self._later = changes[changes["row"] >= self.seen]
+        lost = (changes["row"] >= seen) & (changes["row"] < self.seen - len(news.rows))
+        self.unseen = changes[lost & known]
+        return news
 
 
 def text(raw: bytes) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 
 from flywheel.config import RecorderSettings
 from flywheel.edge import realtime, rows
+from flywheel.edge.control_ring import CHANGES, ControlRing, change_dtype, control_dtype
 from flywheel.edge.images import FrameRing
 from flywheel.edge.journal import JOURNAL_BYTES, Journal
 from flywheel.edge.link import Arena, Ring, Seqlock, Words, aligned
@@ -113,7 +114,7 @@ class Plan(Strict):
     def sha256(self) -> str:
         """Hash of everything that System 1 and the layout of the shared memory depend on."""
         doc = self.model_dump(mode="json", exclude={"bundle_dir", "bundle_digest", "bundle", "supervision"})
-        layout = [str(d) for d in dtypes(self)]
+        layout = [str(d) for d in dtypes(self)] + [str(change_dtype(control_dtype(self.joints))), CHANGES]
         return sha256_bytes(json.dumps([doc, layout], sort_keys=True).encode())
 
 
@@ -122,7 +123,7 @@ def dtypes(plan: Plan) -> tuple[np.dtype[np.void], ...]:
     b = plan.bundle
     return (
         rows.chunk_dtype(plan.joints),
-        rows.control_dtype(plan.joints),
+        control_dtype(plan.joints),
         rows.frame_dtype(plan.cameras, len(b.state_names), b.chunk, len(b.action_names)),
         rows.event_dtype(),
     )
@@ -199,7 +200,7 @@ class Shared:
         self.identity: Words = np.frombuffer(arena.carve(_IDENTITY_WORDS * 8), np.int64)
         self.slot = Seqlock(chunk, arena.carve(Seqlock.nbytes(chunk)))
         ticks, looks = _rows(plan)
-        self.control = Ring(control, ticks, arena.carve(Ring.nbytes(control, ticks)))
+        self.control = ControlRing(control, ticks, arena.carve(ControlRing.room(control, ticks)))
         pictures = rows.image_bytes(plan.cameras, looks)
         room = arena.carve(FrameRing.room(frame, looks, pictures))
         self.frames = FrameRing(frame, looks, pictures, room)
@@ -223,7 +224,7 @@ class Shared:
         parts = [
             _IDENTITY_WORDS * 8,
             Seqlock.nbytes(chunk),
-            Ring.nbytes(control, ticks),
+            ControlRing.room(control, ticks),
             FrameRing.room(frame, looks, rows.image_bytes(plan.cameras, looks)),
             *[Ring.nbytes(event, EVENT_ROWS)] * 2,
             CONTROL_WORDS * 8,

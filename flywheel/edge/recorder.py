@@ -29,7 +29,8 @@ same ``t_ns`` is how one attempt follows another at once.
 Killed at any instruction it goes on where it was: the rings lie in memory that outlives it, and so does its
 ``Journal``, which is written at the end of each ``poll``. The next recorder looks at the rows since then as
 this one would have, reads again what the rings still hold of open windows, and counts as lost what they do
-not. Names of episodes follow from robot, boot and trigger, so that what is sealed again has the same one.
+not. A stop whose rows are lost is known by the changes of mode, which last for longer (``control_ring``).
+Names of episodes follow from robot, boot and trigger, so that what is sealed again has the same one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ import pyarrow as pa
 
 from flywheel.config import RecorderSettings
 from flywheel.edge.campaigns import Campaign, CampaignWatch, only_cameras, watches
-from flywheel.edge.history import History, Shape, Source, text
+from flywheel.edge.history import ControlSource, History, Shape, Source, text
 from flywheel.edge.journal import Journal
 from flywheel.edge.link import Ring
 from flywheel.edge.rows import Rings
@@ -142,11 +143,11 @@ class Recorder:
     def _open_sources(self, state: dict[str, Any] | None) -> None:
         rings, history = self._rings, self._history
         if state is None:
-            self._control, self._frames = Source(rings.control), Source(rings.frames)
+            self._control, self._frames = ControlSource(rings.control), Source(rings.frames)
             self._events = [Source(r) for r in self._event_rings]
             return
         seen, began = state["seen"], state["began"]
-        self._control = Source(rings.control, seen["control"], began["control"])
+        self._control = ControlSource(rings.control, seen["control"], began["control"])
         self._frames = Source(rings.frames, seen["frames"], began["frames"])
         self._events = [
             Source(r, n, min(n, r.written - r.capacity + 1))
@@ -284,6 +285,8 @@ class Recorder:
         if len(news.rows):
             self._history.add_control(news.rows, news.missed)
             self._windows.first_ns = self._history.first_ns
+            if len(self._control.unseen):
+                found += self.detector.control(self._control.unseen)
             if news.fresh < len(news.rows):
                 found += self.detector.control(news.rows[news.fresh :])
         news = self._frames.poll()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flywheel.edge.control_ring import ControlRing, control_dtype
 from flywheel.edge.images import FrameRing
 from flywheel.edge.link import Records, Ring, aligned
 from flywheel.schema import Bundle
@@ -24,9 +25,6 @@ DETAIL_BYTES = 1024
 
 # Words 0 … of a chunk record, before q [CHUNK_STEPS, joints] and tool [CHUNK_STEPS] (float64).
 CHUNK_ID, CHUNK_T0, CHUNK_STEP, CHUNK_COUNT, CHUNK_VALID_NS, CHUNK_HEADER = 0, 1, 2, 3, 4, 5
-
-# Words 0 … of a control record, before its float32 part.
-ROW_T, ROW_LATE, ROW_COMPUTE, ROW_CHUNK, ROW_AGE, ROW_MODE, ROW_LIMITS, ROW_HELD, ROW_HEADER = range(9)
 
 
 def chunk_dtype(joints: int) -> np.dtype[np.void]:
@@ -43,19 +41,6 @@ def chunk_dtype(joints: int) -> np.dtype[np.void]:
             ("valid_ns", np.int64),
             ("q", np.float64, (CHUNK_STEPS, joints)),
             ("tool", np.float64, (CHUNK_STEPS,)),
-        ]
-    )
-
-
-def control_dtype(joints: int) -> np.dtype[np.void]:
-    """``control.parquet`` as System 1 writes it; chunk id and age are -1 before the first chunk."""
-    words = ("t_ns", "late_ns", "compute_ns", "chunk_id", "chunk_age_ns", "mode", "limits", "held")
-    vectors = ("q", "dq", "q_ref", "tau")
-    return aligned(
-        [
-            *((n, np.int64) for n in words),
-            *((n, np.float32, (joints,)) for n in vectors),
-            ("tool_cmd", np.float32),
         ]
     )
 
@@ -131,7 +116,7 @@ class EventLog:
 class Rings:
     """The three rings that a recorder polls."""
 
-    control: Ring
+    control: ControlRing
     frames: FrameRing
     events: Ring
 
@@ -148,7 +133,7 @@ class Rings:
         """In private memory, for lockstep."""
         frame = frame_dtype(cameras, len(bundle.state_names), bundle.chunk, len(bundle.action_names))
         return cls(
-            Ring(control_dtype(joints), control_rows),
+            ControlRing(control_dtype(joints), control_rows),
             FrameRing(frame, frame_rows, image_bytes(cameras, frame_rows)),
             Ring(event_dtype(), event_rows),
         )

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flywheel.edge import realtime, tracking
-from flywheel.edge.link import Ring, Seqlock
-from flywheel.edge.rows import chunk_dtype, control_dtype
+from flywheel.edge.control_ring import ControlRing, control_dtype
+from flywheel.edge.link import Seqlock
+from flywheel.edge.rows import chunk_dtype
 from flywheel.edge.safety import JERK, VELOCITY, SafetyLimits
 from flywheel.edge.system1 import System1
 from flywheel.edge.tracking import VEL
@@ -125,7 +126,7 @@ def self_test(robot: Robot, rate_hz: float, *memory: npt.NDArray[Any]) -> SelfTe
             "kernel needs high-resolution timers (CONFIG_HIGH_RES_TIMERS)"
         )
     n = robot.joints
-    slot, ring = Seqlock(chunk_dtype(n)), Ring(control_dtype(n), TICKS_MAX + 2)
+    slot, ring = Seqlock(chunk_dtype(n)), ControlRing(control_dtype(n), TICKS_MAX + 2)
     system1 = System1(robot, rate_hz, slot, ring, wall=True)
     status = np.zeros(realtime.STATUS_WORDS, np.int64)
     ticks = min(max(round(SECONDS * rate_hz), TICKS_MIN), TICKS_MAX)

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flywheel.edge import tracking
-from flywheel.edge.link import Ring, Seqlock
+from flywheel.edge.control_ring import ControlRing, control_dtype
+from flywheel.edge.link import Seqlock
 from flywheel.edge.mode import HOLD, RAMP
-from flywheel.edge.rows import chunk_dtype, control_dtype
+from flywheel.edge.rows import chunk_dtype
 from flywheel.edge.safety import SafetyLimits
 from flywheel.edge.tick import (
     ACCEPTED,
@@ -59,7 +60,7 @@ class System1:
         robot: Robot,
         rate_hz: float,
         slot: Seqlock,
-        ring: Ring,
+        ring: ControlRing,
         control: Words | None = None,
         wall: bool = False,
         gains: FloatArray | None = None,
@@ -86,17 +87,17 @@ class System1:
         table = limits.table()
         fixed = (limits.scalars(), limits.times(), tracking.gains() if gains is None else gains)
 
-        def memory(ints: Words, work: FloatArray, ring: Ring) -> tuple[npt.NDArray[Any], ...]:
+        def memory(ints: Words, work: FloatArray, ring: ControlRing) -> tuple[npt.NDArray[Any], ...]:
             chunks: Words = np.zeros((2, slot.dtype.itemsize // 8), np.int64)
             return (
                 s.q, s.dq, s.bias, s.mass, s.tool, slot.words, chunks, ints, work, words,
-                ring.header, ring.rows, table.copy(), table, *fixed,
+                *ring.memory, table.copy(), table, *fixed,
             )  # fmt: skip
 
         # What a tick works on, and what a rehearsal does: it reads the same, and writes elsewhere.
         self._memory = (
             memory(self._ints, self._work, ring),
-            memory(self._ints.copy(), self._work.copy(), Ring(ring.dtype, 2)),
+            memory(self._ints.copy(), self._work.copy(), ControlRing(ring.dtype, 2)),
         )
         self._listed = [addresses(m) for m in self._memory]
         self._at, self._rehearsal_at = (int(a.ctypes.data) for a in self._listed)

@@ -20,8 +20,20 @@ import numpy.typing as npt
 
 from flywheel.edge import tracking
 from flywheel.edge.compiled import compiled, floats_at, words_at
+from flywheel.edge.control_ring import (
+    ROW_AGE,
+    ROW_CHUNK,
+    ROW_COMPUTE,
+    ROW_HEADER,
+    ROW_HELD,
+    ROW_LATE,
+    ROW_LIMITS,
+    ROW_MODE,
+    ROW_T,
+    control_publish,
+)
 from flywheel.edge.link import load as load_word
-from flywheel.edge.link import ring_claim, ring_publish, slot_read
+from flywheel.edge.link import ring_claim, slot_read
 from flywheel.edge.mode import CARRY_ON, FOLLOW, STOP_0, STOP_1
 from flywheel.edge.mode import step as mode_step
 from flywheel.edge.realtime import clock_ns
@@ -33,15 +45,6 @@ from flywheel.edge.rows import (
     CHUNK_STEPS,
     CHUNK_T0,
     CHUNK_VALID_NS,
-    ROW_AGE,
-    ROW_CHUNK,
-    ROW_COMPUTE,
-    ROW_HEADER,
-    ROW_HELD,
-    ROW_LATE,
-    ROW_LIMITS,
-    ROW_MODE,
-    ROW_T,
 )
 from flywheel.edge.safety import (
     CATEGORY_0,
@@ -232,7 +235,7 @@ def _move(
 @compiled
 def _append(
     now: int, late: int, compute: int, held: float, q: FloatArray, dq: FloatArray, chunk: Words, ints: Words,
-    work: FloatArray, header: Words, rows: Words,
+    work: FloatArray, header: Words, rows: Words, changes_header: Words, changes: Words,
 ) -> None:  # fmt: skip
     """Append the control row of this tick."""
     row = rows[ring_claim(header, rows.shape[0])]
@@ -252,7 +255,7 @@ def _append(
         floats[2 * n + i] = work[REF + POS, i]
         floats[3 * n + i] = work[TAU, i]
     floats[4 * n] = work[_TOOL, 0]
-    ring_publish(header)
+    control_publish(header, rows, changes_header, changes)
 
 
 @compiled
@@ -260,7 +263,8 @@ def _tick(
     now: int, late: int, held: float, human: float, stop_input: bool, wall: bool, torque: bool, dt: float,
     q: FloatArray, dq: FloatArray, bias: FloatArray, mass: FloatArray, tool: FloatArray,
     slot: Words, chunks: Words, ints: Words, work: FloatArray, control: Words, header: Words, rows: Words,
-    live: FloatArray, table: FloatArray, scalars: FloatArray, times: Words, gain: FloatArray,
+    changes_header: Words, changes: Words, live: FloatArray, table: FloatArray, scalars: FloatArray,
+    times: Words, gain: FloatArray,
 ) -> tuple[bool, float]:  # fmt: skip
     """Everything between reading the joints and writing the command; returns (powered, tool command).
 
@@ -313,7 +317,7 @@ def _tick(
         _rest(work, q if sound else work[REF + POS])  # a reset starts from where the arm is
     ints[LIMITS] = broken | acted
     compute = clock_ns(ints[_CLOCK : _CLOCK + 2]) - now if wall else 0
-    _append(now, late, compute, held, q, dq, chunks[0], ints, work, header, rows)
+    _append(now, late, compute, held, q, dq, chunks[0], ints, work, header, rows, changes_header, changes)
     return powered, work[_TOOL, 0]
 
 
@@ -340,12 +344,12 @@ def tick_at(
         now, late, held, human, stop_input, wall, torque, dt,
         _floats(a, 0)[0], _floats(a, 1)[0], _floats(a, 2)[0], _floats(a, 3), _floats(a, 4)[0],
         _words(a, 5)[0], _words(a, 6), _words(a, 7)[0], _floats(a, 8), _words(a, 9)[0], _words(a, 10)[0],
-        _words(a, 11), _floats(a, 12), _floats(a, 13), _floats(a, 14)[0], _words(a, 15)[0],
-        _floats(a, 16)[0],
+        _words(a, 11), _words(a, 12)[0], _words(a, 13), _floats(a, 14), _floats(a, 15), _floats(a, 16)[0],
+        _words(a, 17)[0], _floats(a, 18)[0],
     )  # fmt: skip
 
 
-ARRAYS = 17
+ARRAYS = 19
 _CHUNKS, _INTEGERS, _WORK = 6, 7, 8  # of them, those that a tick remembers by
 
 

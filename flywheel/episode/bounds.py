@@ -74,46 +74,46 @@ def inflates(file: pq.ParquetFile, entry: FileEntry) -> str | None:
     meta = file.metadata
     if meta.num_row_groups > ROW_GROUPS_MAX:
         return f"{meta.num_row_groups} row groups, at most {ROW_GROUPS_MAX}"
-    for i, field in enumerate(file.schema.to_arrow_schema()):
-        text, picture = pa.types.is_string(field.type), pa.types.is_binary(field.type)
-        allowed = _TEXT if text else _PLAIN if picture else _FLAT
-        for g in range(meta.num_row_groups):
-            column = meta.row_group(g).column(i)
+    fields = [(f.name, f.type, max(_width(f.type), 1)) for f in file.schema.to_arrow_schema()]
+    for g in range(meta.num_row_groups):
+        group = meta.row_group(g)
+        for i, (name, kind, width) in enumerate(fields):
+            text, picture = pa.types.is_string(kind), pa.types.is_binary(kind)
+            allowed = _TEXT if text else _PLAIN if picture else _FLAT
+            column = group.column(i)
             if strange := set(column.encodings) - allowed:
-                return f"column {field.name} is encoded as {sorted(strange)[0]}"
-            if column.num_values > entry.rows * max(_width(field.type), 1):
-                return f"column {field.name} has {column.num_values} values in {entry.rows} rows"
+                return f"column {name} is encoded as {sorted(strange)[0]}"
+            if column.num_values > entry.rows * width:
+                return f"column {name} has {column.num_values} values in {entry.rows} rows"
             # What is not compressed cannot inflate; what is, is numbers or text.
-            most = entry.bytes if picture else 64 * entry.rows * max(_width(field.type), 1) + (16 << 20)
+            most = entry.bytes if picture else 64 * entry.rows * width + (16 << 20)
             if column.total_uncompressed_size > most:
-                return f"column {field.name} says that it inflates to {column.total_uncompressed_size} bytes"
+                return f"column {name} says that it inflates to {column.total_uncompressed_size} bytes"
             if picture and column.compression != "UNCOMPRESSED":
-                return f"column {field.name}: pictures are not compressed again"
+                return f"column {name}: pictures are not compressed again"
     return None
 
 
 def read_bounded(file: pq.ParquetFile, texts: Sequence[str]) -> pa.Table | str:
     """The table, or why its texts are too much. The file was opened with these ``texts``: they are read as
     dictionaries, so that a long one that repeats is held once while we look at it."""
-    names = file.schema.to_arrow_schema().names
-    parts, total = [], 0
-    for batch in file.iter_batches(batch_size=4096, columns=texts, use_threads=False) if texts else ():
-        for column in batch.columns:
-            if pa.types.is_dictionary(column.type):
-                longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
-                total += longest * len(column)
-            else:
-                total += column.nbytes
+    schema, total, parts = file.schema.to_arrow_schema(), 0, []
+    at = [schema.get_field_index(n) for n in texts]
+    for g in range(file.num_row_groups):
+        table = file.read_row_group(g, use_threads=False)
+        for i in at:
+            for column in table.column(i).chunks:
+                if pa.types.is_dictionary(column.type):  # what it would take once each row has its text
+                    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+                    total += pc.sum(lengths.take(column.indices)).as_py() or 0
+                else:
+                    total += column.nbytes
         if total > TEXT_BYTES_MAX:
             return f"texts of more than {TEXT_BYTES_MAX} bytes"
-        parts.append(pa.table([c.cast(pa.string()) for c in batch.columns], batch.schema.names))
-    table = file.read([n for n in names if n not in texts], use_threads=False)
-    found = {n: table.column(n) for n in table.schema.names}
-    if texts:
-        none = pa.table({n: pa.array([], pa.string()) for n in texts})
-        words = pa.concat_tables(parts) if parts else none
-        found |= {n: words.column(n) for n in texts}
-    return pa.table([found[n] for n in names], schema=file.schema.to_arrow_schema())
+        for i in at:
+            table = table.set_column(i, schema.field(i), table.column(i).cast(pa.string()))
+        parts.append(table)
+    return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
 def _width(kind: pa.DataType) -> int:

@@ -63,9 +63,9 @@ def as_array(table: pa.Table, name: str) -> npt.NDArray[Any]:
     """A column as numpy: ``[rows]``, or ``[rows, n]`` for a fixed-size list; not for text and images."""
     column = table.column(name)
     column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if pa.types.is_fixed_size_list(column.type):
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        return np.asarray(flat).reshape(len(column), column.type.list_size)
+    if isinstance(column, pa.FixedSizeListArray):
+        flat = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+        return flat.reshape(len(column), column.type.list_size)
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 

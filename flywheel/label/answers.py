@@ -219,7 +219,7 @@ def answer(
 def shown(question: Question, turn: str) -> str:
     """The question in Markdown, as the person who is asked sees it."""
     lines = [
-        f"**{question.robot}** at {question.site}, {turn}: “{question.task}”",
+        f"**{question.robot}** at {question.site}{turn and f', {turn}'}: “{question.task}”",
         "",
         f"{question.cluster_size} episodes of this kind"
         + ("." if question.why == "unsure" else "; drawn at random, to check how sure the labels may be."),

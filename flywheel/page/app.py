@@ -92,6 +92,7 @@ def build(
         app.get(path, response_class=HTMLResponse)(page)
     app.get("/thumbnail", response_class=Response)(pages.thumbnail)
     app.get("/picture", response_class=Response)(pages.picture)
+    app.get("/plot", response_class=Response)(pages.plot)
     app.get("/static/{name}", response_class=Response)(static)
     return app
 

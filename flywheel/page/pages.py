@@ -258,6 +258,10 @@ class Pages:
         """The moment of failure."""
         return _jpeg(self._source.thumbnail(_prefix(at)))
 
+    def plot(self, at: Place) -> Response:
+        """The timeline, as a picture for other pages."""
+        return rendering.plot(self._source.episode(_prefix(at)).timeline)
+
     def picture(self, at: Place, camera: Text, row: Annotated[int, Query(ge=0, le=10**9)]) -> Response:
         """One picture of a strip."""
         prefix = _prefix(at)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 
 from flywheel import __version__
 from flywheel.gate.page import figures
@@ -19,6 +19,8 @@ from flywheel.page.kept import Seen
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from flywheel.page.episodes import Timeline
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -48,6 +50,12 @@ def page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
     """A page from a template."""
     text = _environment().get_template(f"{template}.html.jinja").render(context)
     return HTMLResponse(text, status)
+
+
+def plot(timeline: Timeline) -> Response:
+    """An episode's timeline as a picture (SVG)."""
+    text = _environment().get_template("plot.svg.jinja").render(t=timeline)
+    return Response(text, media_type="image/svg+xml")
 
 
 def problem(status: int, why: str) -> HTMLResponse:

@@ -72,7 +72,7 @@ def parsed() -> Any:
 
 def test_the_folder_parses_and_imports_nothing_heavy(parsed: Any) -> None:
     assert parsed["errors"] == {}
-    assert parsed["dags"] == ["watch", "wheel"]
+    assert parsed["dags"] == ["questions", "watch", "wheel"]
     assert parsed["heavy"] == []
 
 
@@ -101,7 +101,7 @@ def test_the_run_is_one_at_a_time_documented_owned_and_repeats_what_fails(parsed
 
 
 def test_what_is_looked_after_between_turns_is_documented_owned_and_repeated(parsed: Any) -> None:
-    assert set(parsed["watch"]) == {"renew", "clear", "attention"}
+    assert set(parsed["watch"]) == {"renew", "clear", "attention", "catalogue"}
     assert all(owner == "flywheel" and retries >= 1 for owner, retries in parsed["watch"].values())
     assert "silent robots" in parsed["watch_doc"]
 

@@ -15,13 +15,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from flywheel import services
+from flywheel.approvals import SETTLE_S
 from flywheel.config import Deployment
 from flywheel.doctor import Health, examine
 from flywheel.errors import ServiceError
+from flywheel.label import Aspect, Question, Questions, answers
+from flywheel.label.answers import Evidence, Said
 from flywheel.services import process
 from flywheel.services.airflow import WORKER, Airflow
 from flywheel.services.ceph import Ceph
@@ -205,6 +209,53 @@ def test_store_credentials_reach_the_tasks_environment(home: Path) -> None:
     environ = Path(f"/proc/{scheduler.pid}/environ").read_bytes().split(b"\0")
     assert f"AWS_SECRET_ACCESS_KEY={saved.secret_key}".encode() in environ
     assert f"FLYWHEEL_HOME={home}".encode() in environ
+
+
+def test_what_a_person_fills_in_in_airflow_is_kept_with_who_and_when(
+    home: Path, store_of: Callable[[], Store]
+) -> None:
+    episode = "0190b0b0-0000-7000-8000-000000000001"
+    question = Question(
+        episode_id=episode,
+        site="lab",
+        robot="r1",
+        prefix=f"episodes/site=lab/robot=r1/date=2026-01-01/{episode}/",
+        task="pick",
+        why="unsure",
+        worth=1.0,
+        cluster="timeout",
+        cluster_size=1,
+        labels={Aspect.CAUSE: Said(word="latency", confidence=0.4)},
+        cause_why="",
+        evidence=Evidence(votes={}, features={}),
+    )
+    answers.ask(store_of(), "turn-asks", Questions(budget=10, unsure=1, questions=(question,)))
+    airflow = Airflow(home)
+    run = "/dags/questions/dagRuns/by-hand"
+
+    def there() -> bool:
+        with contextlib.suppress(ServiceError):
+            airflow.call("GET", "/dags/questions")
+            return True
+        return False
+
+    assert wait_until(there, 60)
+    airflow.call("POST", "/dags/questions/dagRuns", {"dag_run_id": "by-hand", "logical_date": None})
+
+    def state(task: str) -> str:
+        return str(airflow.call("GET", f"{run}/taskInstances/{task}")["state"])
+
+    assert wait_until(lambda: state("form") == "awaiting_input", 120), state("gather")
+    form = f"{run}/taskInstances/form/-1/hitlDetails"
+    shown = airflow.call("GET", form)
+    assert f"/fleet/plot?at={quote(question.prefix, safe='')}" in shown["body"]
+    given = {k: v["value"] if isinstance(v, dict) else v for k, v in shown["params"].items()}
+    wait_until(lambda: False, SETTLE_S)  # as long as a person needs to read: see approvals.SETTLE_S
+    given["cause_01"] = "hardware"
+    airflow.call("PATCH", form, {"chosen_options": ["OK"], "params_input": given}, user="ops")
+    assert wait_until(lambda: state("keep") == "success", 120), state("form")
+    (said,) = answers.collect(store_of()).answers
+    assert (said.episode_id, said.by, said.words) == (episode, "ops", {Aspect.CAUSE: "hardware"})
 
 
 def test_a_killed_scheduler_is_started_again_and_its_workers_do_not_stay(home: Path) -> None:
