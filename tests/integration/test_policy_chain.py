@@ -108,17 +108,25 @@ def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(
 ) -> None:
     from safetensors.numpy import load_file
 
+    from flywheel.dataset import dataset_digest
     from flywheel.export import export
-    from flywheel.train import train
+    from flywheel.train import train, write_metrics
 
     write_demonstrations(tmp_path / "new", "factory")
     write_demonstrations(tmp_path / "old", "lab")
+    write_demonstrations(tmp_path / "earlier", "dim")
     (tmp_path / "new" / "clusters.json").write_text("{}")
     steps = TrainSettings(steps=3, batch_size=8, threads=1, processes=processes)
-    result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=tmp_path / "old")
+    lab, earlier = tmp_path / "old", [tmp_path / "earlier"]
+    result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=lab, earlier=earlier)
     assert np.isfinite(result.loss)
     assert (tmp_path / "out" / "clusters.json").exists(), "the next turn would name its clusters anew"
-    assert result.pools["new"].share == pytest.approx(0.5, abs=0.2)
+    shares = {pool: p.share for pool, p in result.pools.items()}
+    assert shares == pytest.approx({"new": 0.5, "earlier": 0.3, "lab": 0.2}, abs=0.1)
+    assert result.pools["earlier"].datasets == (dataset_digest(tmp_path / "earlier"),)
+    figures = tmp_path / "metrics" / "train.json"
+    write_metrics(result, figures)
+    assert json.loads(figures.read_text())["pools"]["earlier"]["frames"] == result.pools["earlier"].frames > 0
     before, after = (load_file(d / "model.safetensors") for d in (BASE, tmp_path / "out"))
     assert any(not np.array_equal(before[k], after[k]) for k in before)
     stats = "policy_preprocessor_step_5_normalizer_processor.safetensors"
