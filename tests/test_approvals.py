@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from flywheel.cli import app
 from flywheel.errors import ConfigError
 
-RUNS = ("asset_triggered__2026-01-02", "manual__2026-01-03")
+RUNS = ("turn-20260102-030405-aaaaaa", "manual__2026-01-03")
 
 
 def detail(run: str) -> dict[str, Any]:
     return {
-        "task_instance": {"dag_run_id": run, "task_id": "release.approve", "map_index": -1},
+        "task_instance": {"dag_run_id": run, "task_id": "approve", "map_index": -1},
         "subject": f"Release the policy of {run}?",
         "body": "| Check | Value |\n|---|---|\n| success in factory | 0.9 |",
         "options": ["Promote", "Hold", "Roll back"],
@@ -61,7 +61,8 @@ def test_an_answer_goes_to_the_run_that_was_named_with_its_reason() -> None:
     run("hold", "manual", "--reason", "line 3 is down")
     ((path, body, user),) = Airflow.answers
     assert "manual__2026-01-03" in path
-    assert "asset" not in path
+    assert path.startswith("/dags/release/")
+    assert "aaaaaa" not in path
     assert body == {"chosen_options": ["Hold"], "params_input": {"reason": "line 3 is down"}}
     assert user == "ops"
 
