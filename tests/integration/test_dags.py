@@ -202,7 +202,7 @@ def test_a_turn_from_failures_to_every_robot(store: Store, store_env: dict[str, 
             found["release"] = tested("release", turn, mark_success_pattern=judged)[1]
             found["watch"] = tested("watch")[1]
             with create_session() as session:
-                found["handed"] = sorted([r.dag_id, r.run_id, r.run_type.value, r.conf] for r in
+                found["handed"] = sorted([r.dag_id, r.run_id, r.run_type, r.conf] for r in
                     session.query(DagRun).filter(DagRun.run_id == turn["turn"]))
                 found["events"] = [[e.asset.name, e.extra, e.source_dag_id] for e in
                     session.query(AssetEvent).join(AssetModel).order_by(AssetEvent.id)]
