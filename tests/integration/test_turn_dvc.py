@@ -149,7 +149,8 @@ def test_a_turn_that_waited_for_another_ones_release_trains_from_what_was_releas
     for stage in STAGES[:4]:
         assert run_stage("turn-behind", stage) == 0
     assert start_from("turn-behind", "") == opened, "the same policy is no reason to begin again"
-    assert ran(tmp_path) == [*STAGES, *STAGES[:4]]
+    once = [*STAGES, "curate", "label", "train"]  # what replays the lab is the same, and comes from the cache
+    assert ran(tmp_path) == once
 
     released = close_turn("turn-ahead").candidate_digest
     for _ in range(2):  # a task that is tried again
@@ -164,7 +165,7 @@ def test_a_turn_that_waited_for_another_ones_release_trains_from_what_was_releas
     shutil.rmtree(root)
     for stage in STAGES[3:]:
         assert run_stage("turn-behind", stage) == 0
-    assert ran(tmp_path) == [*STAGES, *STAGES[:4], *STAGES[3:]], "what had been collected was made again"
+    assert ran(tmp_path) == [*once, *STAGES[3:]], "what had been collected was made again"
     ahead = (home.home / "runs/turn-ahead/data/checkpoint/weights").read_text()
     assert (root / "data/checkpoint/weights").read_text().startswith(ahead)
     result = close_turn("turn-behind")
