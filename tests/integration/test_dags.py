@@ -49,8 +49,17 @@ def parsed() -> Any:
         from airflow.dag_processing.dagbag import DagBag
         bag = DagBag({str(ROOT / "dags")!r}, collect_dags=False)
         bag.collect_dags()
+        asked = []
+        class Busy:
+            def get_dr_count(self, dag_id, states):
+                asked.append([dag_id, states])
+                return 1
+        called = bag.dags["collect"].get_task("open").python_callable, \
+            bag.dags["improve"].get_task("begin").python_callable
         print(json.dumps({{
             "errors": bag.import_errors,
+            "goes_on": [bool(called[0]({{}}, None, Busy())), bool(called[1]("turn-b", Busy()))],
+            "asked": asked,
             "heavy": [m for m in {HEAVY!r} if m in sys.modules],
             "dags": {{dag.dag_id: {{
                 "max_active_runs": dag.max_active_runs,
@@ -130,6 +139,11 @@ def test_each_run_is_one_at_a_time_documented_owned_and_repeats_what_fails(parse
     assert tasks(parsed, "improve")["train"]["pool"] == tasks(parsed, "release")["gate"]["pool"] == "trainer"
     # No other task may run after something failed.
     assert rules == {f"{d}.give_up": "one_failed" for d in DAGS} | {"release.outcome": "none_failed"}
+
+
+def test_a_turn_waits_while_the_next_dag_has_one_or_is_about_to(parsed: Any) -> None:
+    assert parsed["goes_on"] == [False, False]
+    assert parsed["asked"] == [[d, ["queued", "running"]] for d in ("improve", "release")]
 
 
 def test_a_run_by_hand_is_asked_for_what_it_needs(parsed: Any) -> None:
