@@ -13,15 +13,10 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import HITLEntryOperator
-from airflow.sdk import Asset, Param, dag, task
+from airflow.sdk import Param, dag, task
 
-from flywheel.config import PARAMS_FILE, Settings
+from dags.flow import SETTINGS, questions
 from flywheel.label.form import fields
-from flywheel.workspace import source_checkout
-
-SETTINGS = Settings.load(source_checkout() / PARAMS_FILE)
-
-questions = Asset("questions", uri="x-flywheel://labels/questions")
 
 
 class Form(HITLEntryOperator):

@@ -7,9 +7,11 @@ that was held or rolled back); a failure, that something is broken.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
+from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from flywheel import approvals, catalogue, rollout, turn, upkeep
@@ -43,9 +45,28 @@ def open_turn(run_id: str, run_after: datetime, force: bool, adjust: Mapping[str
     name = turn.turn_name(run_id, run_after)
     record = turn.open_turn(name, current_digest=stable.digest if stable else "", adjust=adjust, force=force)
     if record is None:
-        raise AirflowSkipException("too few failures wait (trigger in params.yaml)")
+        _end("too few failures wait (trigger in params.yaml)")
     print(f"{name}: {record.episodes} episodes, starts from policy {record.current_digest[:12]}")
     return name
+
+
+def begin(name: str) -> bool:
+    """Let the turn train from what the fleet runs now; False while a rollout may still change that."""
+    _require(name, turn.COLLECTED)
+    store, publisher = _fleet()
+    other = rollout.active_rollout(store, publisher)
+    if other is not None:
+        print(f"{name}: waits: rollout {other.rollout_id} is under way ({other.stage})")
+        return False
+    stable = publisher.current(Group.STABLE)
+    record = turn.start_from(name, stable.digest if stable else "")
+    print(f"{name}: trains from policy {record.current_digest[:12]}")
+    return True
+
+
+def require_trained(name: str) -> None:
+    """End a run, without trying again, whose turn is not there or not that far."""
+    _require(name, turn.TRAINED)
 
 
 def register(name: str) -> dict[str, Any]:
@@ -66,7 +87,7 @@ def start_rollout(name: str) -> str:
     """Begin with the shadow; the rollout's id."""
     result = turn.result_of(name)
     if not result.promotes:
-        raise AirflowSkipException(f"the gate's verdict is {result.verdict}: {'; '.join(result.reasons)}")
+        _end(f"the gate's verdict is {result.verdict}: {'; '.join(result.reasons)}")
     settings = _settings().rollout
     state = rollout.start(
         *_fleet(),
@@ -95,7 +116,7 @@ def watch(rollout_id: str, until: str, *, name: str = "", skip: bool = True) -> 
     state = seen.state
     if state.stage not in ORDER:
         if skip:
-            raise AirflowSkipException(f"{state.stage}: {state.reason}")
+            _end(f"{state.stage}: {state.reason}")
         return True, state.stage.value
     reached = ORDER.index(state.stage) >= ORDER.index(RolloutStage(until))
     if not (reached and name):
@@ -135,10 +156,8 @@ def decide(option: str, name: str, rollout_id: str, answer: Mapping[str, Any]) -
     print(rollout.look(store, publisher, rollout_id).line())
 
 
-def outcome(name: str | None, rollout_id: str | None) -> str:
+def outcome(name: str, rollout_id: str | None) -> str:
     """How the turn ended, in a line."""
-    if name is None:
-        return "No turn: too few failures waited."
     result = turn.result_of(name)
     if rollout_id is None:
         return f"{name}: no rollout: the gate says {result.verdict}: {'; '.join(result.reasons)}"
@@ -193,6 +212,20 @@ def attention() -> None:
     if alarms:
         raise AirflowFailException("\n".join(a.line() for a in alarms))
     print("nothing needs a person")
+
+
+def _end(why: str) -> NoReturn:
+    """Skip what follows, and keep why where the run shows it."""
+    with suppress(RuntimeError):  # not in a task
+        get_current_context()["ti"].xcom_push("why", why)
+    raise AirflowSkipException(why)
+
+
+def _require(name: str, stages: tuple[str, ...]) -> None:
+    try:
+        turn.require(name, stages)
+    except StageError as e:
+        raise AirflowFailException(f"params.turn = {name!r}: {e}") from e
 
 
 def _signing() -> tuple[Store, Publisher]:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from flywheel.schema import Check, GateReport
 from flywheel.services.airflow import AUTO_APPROVER
 
-DAG = "wheel"
+COLLECT, IMPROVE, RELEASE = DAGS = ("collect", "improve", "release")  # a turn's runs, in this order
 PROMOTE, HOLD, ROLL_BACK = "Promote", "Hold", "Roll back"
 SETTLE_S = 6.0  # an answer within about 5 s of parking can fail the waiting task (measured, Airflow 3.3.2)
 
@@ -75,7 +75,7 @@ def _number(value: float | None) -> str:
 class Task:
     """One task of a run: ``state`` is Airflow's, None before it is scheduled."""
 
-    name: str  # with its group: "improve.train"
+    name: str  # with its DAG: "improve.train"
     state: str | None
     seconds: float | None
     attempt: int
@@ -83,11 +83,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One turn of the wheel as Airflow sees it."""
+    """One run of one of the DAGs that a turn goes through."""
 
-    run_id: str
+    dag: str
+    run_id: str  # of improve and release: the turn's name
     state: str
-    kind: str  # asset_triggered | manual | …
+    kind: str  # asset_triggered | operator_triggered | manual | …
+    after: datetime  # when it was to start
     started: datetime | None
     ended: datetime | None
     tasks: tuple[Task, ...] = ()
@@ -115,39 +117,81 @@ class Pending:
     @property
     def path(self) -> str:
         """Where in the API it is answered."""
-        run = f"/dags/{DAG}/dagRuns/{quote(self.run_id, safe='')}"
-        return f"{run}/taskInstances/{quote(self.task, safe='')}/{self.map_index}/hitlDetails"
+        task = f"taskInstances/{quote(self.task, safe='')}/{self.map_index}"
+        return f"{_path(RELEASE, self.run_id)}/{task}/hitlDetails"
 
     def page(self, url: str) -> str:
         """Where in the UI it is answered; ``url`` is Airflow's."""
-        run = f"{url}/dags/{DAG}/runs/{quote(self.run_id, safe='')}"
+        run = f"{url}/dags/{RELEASE}/runs/{quote(self.run_id, safe='')}"
         return f"{run}/tasks/{quote(self.task, safe='')}/required_actions"
 
 
-def runs(api: Api, limit: int = 10) -> list[Run]:
-    """The wheel's runs without their tasks, the newest first."""
-    found = api.call("GET", f"/dags/{DAG}/dagRuns?order_by=-run_after&limit={limit}")
+def runs(api: Api, dag: str, limit: int = 10) -> list[Run]:
+    """A DAG's runs without their tasks, the newest first."""
+    found = api.call("GET", f"/dags/{dag}/dagRuns?order_by=-run_after&limit={limit}")
     return [_run(doc) for doc in found["dag_runs"]]
 
 
-def run(api: Api, run_id: str) -> Run:
+def run(api: Api, dag: str, run_id: str) -> Run:
     """One run with its tasks in the order in which they started, those not started yet at the end."""
-    path = f"/dags/{DAG}/dagRuns/{quote(run_id, safe='')}"
+    path = _path(dag, run_id)
     found = api.call("GET", f"{path}/taskInstances?limit=100")["task_instances"]
     found.sort(key=lambda t: (t["start_date"] is None, t["start_date"] or ""))
-    tasks = tuple(Task(t["task_id"], t["state"], t["duration"], t["try_number"]) for t in found)
+    tasks = tuple(Task(f"{dag}.{t['task_id']}", t["state"], t["duration"], t["try_number"]) for t in found)
     return _run(api.call("GET", path), tasks)
 
 
-def trigger(api: Api, run_id: str, conf: dict[str, Any] | None = None, user: str = "admin") -> Run:
+def trigger(api: Api, dag: str, run_id: str, conf: dict[str, Any] | None = None, user: str = "admin") -> Run:
     """Start a run by hand, with the form's values in ``conf``; ``ServiceError`` 409 if it exists."""
     body = {"dag_run_id": run_id, "logical_date": None, "conf": conf or {}}
-    return _run(api.call("POST", f"/dags/{DAG}/dagRuns", body, user=user))
+    return _run(api.call("POST", f"/dags/{dag}/dagRuns", body, user=user))
+
+
+def clear(api: Api, failed: Run) -> None:
+    """Let a run that failed go on from what failed in it."""
+    body = {"dry_run": False, "dag_run_id": failed.run_id, "only_failed": True, "reset_dag_runs": True}
+    api.call("POST", f"/dags/{failed.dag}/clearTaskInstances", body)
+
+
+def pause(api: Api, dag: str, paused: bool) -> None:
+    """Whether a DAG starts new runs and new tasks."""
+    api.call("PATCH", f"/dags/{dag}", {"is_paused": paused})
+
+
+class Turn:
+    """A turn on its way through its runs, from the run of ``collect`` that opened it."""
+
+    def __init__(self, api: Api, run_id: str) -> None:
+        self._api = api
+        self._runs: dict[str, Run] = {}  # by DAG, as last seen
+        self._at, self._run_id = COLLECT, run_id
+        self.name = ""  # once it has been seen
+        self.over = False
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Of all its runs so far."""
+        return tuple(t for r in self._runs.values() for t in r.tasks)
+
+    def look(self) -> None:
+        """See how far it has come. Call it again every second or so, until it is ``over``."""
+        from flywheel.turn import turn_name  # the DAGs import this module, and are parsed often
+
+        seen = self._runs[self._at] = run(self._api, self._at, self._run_id)
+        self.name = self.name or turn_name(seen.run_id, seen.after)
+        if not seen.over:
+            return
+        # What it was handed over to is there before its run is over.
+        ahead = DAGS[DAGS.index(self._at) + 1 :] if seen.state == "success" else ()
+        if ahead and any(r.run_id == self.name for r in runs(self._api, ahead[0])):
+            self._at, self._run_id = ahead[0], self.name
+        else:
+            self.over = True
 
 
 def pending(api: Api, user: str = "admin") -> list[Pending]:
-    """What waits for an answer, in all runs of the wheel."""
-    path = f"/dags/{DAG}/dagRuns/~/hitlDetails?response_received=false&state=awaiting_input"
+    """What waits for an answer, in all releases."""
+    path = f"/dags/{RELEASE}/dagRuns/~/hitlDetails?response_received=false&state=awaiting_input"
     return [
         Pending(
             run_id=d["task_instance"]["dag_run_id"],
@@ -190,8 +234,13 @@ class AutoApprover:
         return answered
 
 
+def _path(dag: str, run_id: str) -> str:
+    return f"/dags/{dag}/dagRuns/{quote(run_id, safe='')}"
+
+
 def _run(doc: dict[str, Any], tasks: tuple[Task, ...] = ()) -> Run:
     started, ended = (
         datetime.fromisoformat(t) if (t := doc[k]) else None for k in ("start_date", "end_date")
     )
-    return Run(doc["dag_run_id"], doc["state"], doc["run_type"], started, ended, tasks)
+    after = datetime.fromisoformat(doc["run_after"])
+    return Run(doc["dag_id"], doc["dag_run_id"], doc["state"], doc["run_type"], after, started, ended, tasks)

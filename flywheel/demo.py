@@ -29,7 +29,7 @@ from flywheel.schema import BUNDLE_FILES, Group, Release, RobotReport
 from flywheel.services.airflow import AUTO_APPROVER, Airflow
 from flywheel.store import Store
 from flywheel.succession import Taught, success_of, succession
-from flywheel.turn import result_of, turn_name
+from flywheel.turn import result_of
 
 BASE = Path("models/base/bundle")
 PAIRS = 100  # fresh scenes in each shift, for the table at the end
@@ -228,32 +228,37 @@ def _counts(total: Callable[[str], int]) -> str:
 
 
 def _turn(fleet: Fleet, airflow: Airflow, clock: Clock, manual: bool) -> dict[str, Any]:
-    """Follow the run that the failures start, and answer its question unless a person is to."""
+    """Follow the turn that the failures start, and answer its question unless a person is to."""
     approver = approvals.AutoApprover(airflow)
     begin, shown = clock.now, clock.now
     said: dict[str, str] = {}
-    run_id = ""
-    asked = False
+    turn: approvals.Turn | None = None
+    asked = alone = False
+    approvals.pause(airflow, approvals.COLLECT, False)
     while True:
         if clock.now - begin > TURN_LIMIT_S:
             raise StageError(f"the turn did not end within {TURN_LIMIT_S / 60:.0f} minutes; see Airflow")
         fleet.poll()
-        found = approvals.runs(airflow, 5)
-        if not run_id:
+        if turn is None:
             # A run that finds too little to do ends at once; the turn is the one that goes on.
-            run_id = next((r.run_id for r in reversed(found) if not r.over), "")
-            if run_id:
-                clock.say(f"the failures started a turn in Airflow: [b]{run_id}[/b]")
+            found = (r for r in reversed(approvals.runs(airflow, approvals.COLLECT, 5)) if not r.over)
+            if (run := next(found, None)) is not None:
+                clock.say(f"the failures started a turn in Airflow: [b]{run.run_id}[/b]")
+                turn = approvals.Turn(airflow, run.run_id)
             time.sleep(1)
             continue
-        current = approvals.run(airflow, run_id)
-        for task in current.tasks:
+        turn.look()
+        for task in turn.tasks:
             state = task.state or ""
             if said.get(task.name) != state and state in ("running", "success", "failed", "up_for_retry"):
                 took = f"  {task.seconds:.0f} s" if task.seconds and state == "success" else ""
                 clock.say(f"  [b]{task.name}[/b] {state}{took}")
                 shown = clock.now
             said[task.name] = state
+        if "improve.begin" in said and not alone:
+            # One turn is shown: the failures of its shadow and canary are left for a later one.
+            approvals.pause(airflow, approvals.COLLECT, True)
+            alone = True
         if said.get("release.start") == "success":
             fleet.set(WORK)
         if not manual:
@@ -262,36 +267,18 @@ def _turn(fleet: Fleet, airflow: Airflow, clock: Clock, manual: bool) -> dict[st
         elif not asked and (waiting := approvals.pending(airflow)):
             asked = True
             clock.say(f"  [b]your approval is asked for[/b]: {waiting[0].page(airflow.url)}")
-        if current.over:
+        if turn.over:
             fleet.set(IDLE)
-            tasks = {
-                t.name: t.seconds for t in current.tasks if t.seconds is not None and t.state == "success"
-            }
-            assert current.started is not None
+            tasks = {t.name: t.seconds for t in turn.tasks if t.seconds is not None and t.state == "success"}
             clock.parts["turn"] = clock.now - begin
-            return {
-                "run": run_id,
-                "state": current.state,
-                "states": {t.name: t.state for t in current.tasks},
-                "tasks": tasks,
-                "turn": _name_of(airflow, run_id),
-            }
+            return {"states": {t.name: t.state for t in turn.tasks}, "tasks": tasks, "turn": turn.name}
         if clock.now - shown > LINE_S * 2:
             shown = clock.now
             running = [
-                t.name for t in current.tasks if t.state in ("running", "awaiting_input", "up_for_reschedule")
+                t.name for t in turn.tasks if t.state in ("running", "awaiting_input", "up_for_reschedule")
             ]
             clock.say(f"  [dim]{', '.join(running) or 'between tasks'} …[/dim]")
         time.sleep(POLL_S)
-
-
-def _name_of(airflow: Airflow, run_id: str) -> str:
-    """The turn of a run, from the run's own times."""
-    from datetime import datetime
-    from urllib.parse import quote
-
-    doc = airflow.call("GET", f"/dags/{approvals.DAG}/dagRuns/{quote(run_id, safe='')}")
-    return turn_name(run_id, datetime.fromisoformat(doc["run_after"]))
 
 
 def _require_done(turned: dict[str, Any], store: Store, home: Path) -> None:

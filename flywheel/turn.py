@@ -1,6 +1,7 @@
 """A turn of the wheel: claimed failures in, a DVC experiment and a candidate policy out.
 
     open_turn     claim the inbox; fix source, settings and starting policy in ``runs/<turn>/turn.json``
+    start_from    take another policy to start from, where the fleet has another one by then
     run_stage     one stage of dvc.yaml in the turn's workspace: curate, label, train, export, gate
     close_turn    save the experiment, put dataset, bundle, gate report and checkpoint into the store
 
@@ -8,7 +9,7 @@ Each may be called again after any crash, and by another machine: what a turn is
 workspace is made anew from there where it is missing. Tasks pass a turn's name and nothing else.
 
     claimed/<turn>/claims.json      its episodes
-    runs/<turn>/turn.json           TurnRecord, written once
+    runs/<turn>/turn.json           TurnRecord, written by open_turn, and anew by start_from
     runs/<turn>/source.patch        what the checkout had beyond its commit
     runs/<turn>/answers/<sha256>    what people had said of labels by then
     runs/<turn>/workspace/…         dvc.lock and metrics after the last finished stage
@@ -19,13 +20,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+import yaml
 
 from flywheel import episode, lineage, policies
 from flywheel.claims import Claim, Claims, claim, claims_of
@@ -51,6 +56,7 @@ from flywheel.store import Store
 from flywheel.workspace import Source, Workspace, snapshot, source_checkout
 
 STAGES = ("curate", "label", "replay", "train", "export", "gate")
+COLLECTED, TRAINED = STAGES[:3], STAGES[:5]  # what has finished when a policy is trained, and judged
 BASE_POLICY = "models/base"
 CURRENT_POLICY = "data/current"  # a later policy than the base, fetched for a turn
 EARLIER_DATA = "data/earlier"  # what the turns that led to it were trained on; in the checkout, nothing
@@ -81,6 +87,7 @@ class TurnRecord(Strict):
     adjusted: Mapping[str, Any] = {}  # settings of this turn alone, "section.key": value
     episodes: int
     answers_sha256: str = ""  # of what people had said of labels; "" for a turn of an older version
+    opened_digest: str = ""  # of the bundle that the fleet ran when it was opened, where that is another
 
 
 class TurnResult(Strict):
@@ -145,14 +152,9 @@ def _begin(
     settings = Settings.load(origin / PARAMS_FILE)
     text = adjusted((origin / PARAMS_FILE).read_text(encoding="utf-8"), adjust, BASE_POLICY)
     source = snapshot(origin)
-    base = policies.digest_of(origin / BASE_POLICY / "bundle")
-    if current_digest in ("", base):
-        policy, current_digest = BASE_POLICY, base
-    else:
-        policy = CURRENT_POLICY
-        # Both fail now rather than after the claim.
-        policies.record(store, current_digest)
-        _ancestors(store, current_digest, text, origin)
+    # Both fail now rather than after the claim.
+    policy, current_digest = _policy(current_digest, store, origin)
+    _ancestors(store, current_digest, text, origin)
     said = answers.collect(store).to_bytes()
     claims = claim(
         store,
@@ -181,6 +183,82 @@ def _begin(
     except Conflict:
         return store.get_json(_key(turn, "turn.json"), TurnRecord)
     return record
+
+
+def _policy(digest: str, store: Store, origin: Path) -> tuple[str, str]:
+    """Where a turn has the policy of a bundle, "" for the base policy, and the bundle's digest."""
+    base = policies.digest_of(origin / BASE_POLICY / "bundle")
+    if digest in ("", base):
+        return BASE_POLICY, base
+    policies.record(store, digest)
+    return CURRENT_POLICY, digest
+
+
+def start_from(
+    turn: str,
+    current_digest: str,
+    *,
+    store: Store | None = None,
+    deployment: Deployment | None = None,
+) -> TurnRecord:
+    """Train and judge against the policy that the fleet runs now, ``current_digest`` ("": the base policy).
+
+    It is another one than at the opening where a turn ahead was released meanwhile. What was curated and
+    labelled stays as it is; what was trained from the other policy counts as unfinished. A repeat changes
+    nothing. Raises ``StageError`` for a turn that is not there, not collected yet, or closed on another one.
+    """
+    require(turn, COLLECTED, store=store, deployment=deployment)
+    deployment = deployment or Deployment.from_env()
+    store = store or Store.from_env(deployment)
+    origin, record = source_checkout(), _record(store, turn)
+    policy, current_digest = _policy(current_digest, store, origin)
+    if current_digest != record.current_digest:
+        closed = _find_result(store, turn)
+        if closed is not None and closed.ok:
+            raise StageError(
+                f"{turn}: was closed ({closed.verdict}) on policy {record.current_digest[:12]}, and the "
+                f"fleet runs {current_digest[:12]}: what fails now starts a turn of its own"
+            )
+        record = record.model_copy(
+            update={
+                "policy": policy,
+                "current_digest": current_digest,
+                "opened_digest": record.opened_digest or record.current_digest,
+            }
+        )
+        store.put(_key(turn, "turn.json"), record.to_bytes())
+    workspace = Workspace(turn, deployment)
+    with workspace.lock():
+        _fill(workspace, record, store, origin)
+    return record
+
+
+def require(
+    turn: str,
+    stages: tuple[str, ...],
+    *,
+    store: Store | None = None,
+    deployment: Deployment | None = None,
+) -> None:
+    """``StageError`` unless the turn is there and these of its stages have finished, here or by the store."""
+    _check_name(turn)
+    deployment = deployment or Deployment.from_env()
+    store = store or Store.from_env(deployment)
+    _record(store, turn)
+    done = set(_finished(Workspace(turn, deployment)))
+    if not done.issuperset(stages):
+        with suppress(NotFound):
+            done |= set(yaml.safe_load(store.get(_key(turn, "workspace/dvc.lock"))).get("stages") or {})
+    if missing := [s for s in stages if s not in done]:
+        raise StageError(f"{turn}: {missing[0]} has not finished; clear its task, and the turn goes on")
+
+
+def made(turn: str, deployment: Deployment | None = None) -> dict[str, str]:
+    """What the turn's workspace has so far: DVC's name for the dataset's content, the candidate's digest."""
+    workspace = Workspace(turn, deployment or Deployment.from_env())
+    bundle = workspace.root / BUNDLE
+    found = {"dataset": _dataset(workspace)}
+    return found | {"digest": policies.digest_of(bundle)} if bundle.is_dir() else found
 
 
 def run_stage(
@@ -293,35 +371,54 @@ def _fill(workspace: Workspace, record: TurnRecord, store: Store, origin: Path) 
     """Everything a stage needs, in an existing workspace or a new one."""
     turn, root = record.turn, workspace.root
     if (root / _FILLED).exists():
+        if (root / RECORD).read_bytes() != record.to_bytes():
+            _forget(workspace, COLLECTED)
+            _start(workspace, record, store)
         return
     patch = store.get(_key(turn, "source.patch"), record.patch_sha256) if record.patch_sha256 else b""
     workspace.clone(origin, Source(record.commit, patch))
     # The checkout's own says what somebody finished there; this turn has finished nothing yet.
     (root / "dvc.lock").unlink(missing_ok=True)
-    params = root / PARAMS_FILE
-    text = workspace.git("show", f":{PARAMS_FILE}")
-    params.write_text(adjusted(f"{text}\n", record.adjusted, record.policy), encoding="utf-8")
     (root / "data").mkdir(exist_ok=True)
-    (root / RECORD).write_bytes(record.to_bytes())
     claims = _pull_episodes(store, claims_of(store, turn), root / "data" / "episodes")
     (root / CLAIMS).write_bytes(claims.to_bytes())
     if record.answers_sha256:
         said = store.get(_key(turn, f"answers/{record.answers_sha256}.json"), record.answers_sha256)
         (root / ANSWERS).write_bytes(said)
-    earlier = Earlier()
-    if record.policy == CURRENT_POLICY:
-        policies.fetch(store, record.current_digest, root / CURRENT_POLICY)
-        earlier = _ancestors(store, record.current_digest, params.read_text(encoding="utf-8"), root)
-    lineage.fetch(store, earlier, root / EARLIER_DATA)
-    found = policies.digest_of(root / record.policy / "bundle")
-    if found != record.current_digest:
-        raise BundleError(
-            f"{root / record.policy}: bundle {found[:12]}, but {turn} is to start from "
-            f"{record.current_digest[:12]}"
-        )
+    _start(workspace, record, store)
     if _get_state(workspace, store):
         workspace.dvc("pull", *_finished(workspace))
     (root / _FILLED).touch()
+
+
+def _start(workspace: Workspace, record: TurnRecord, store: Store) -> None:
+    """Settings and policy that the turn starts from, the record of them last: a repeat begins again."""
+    root = workspace.root
+    text = workspace.git("show", f":{PARAMS_FILE}")
+    params = adjusted(f"{text}\n", record.adjusted, record.policy)
+    (root / PARAMS_FILE).write_text(params, encoding="utf-8")
+    lineage.fetch(store, _ancestors(store, record.current_digest, params, root), root / EARLIER_DATA)
+    if record.policy == CURRENT_POLICY:
+        policies.fetch(store, record.current_digest, root / CURRENT_POLICY)
+    found = policies.digest_of(root / record.policy / "bundle")
+    if found != record.current_digest:
+        raise BundleError(
+            f"{root / record.policy}: bundle {found[:12]}, but {record.turn} is to start from "
+            f"{record.current_digest[:12]}"
+        )
+    (root / RECORD).write_bytes(record.to_bytes())
+
+
+def _forget(workspace: Workspace, keep: tuple[str, ...]) -> None:
+    """The other stages have not finished any more, and what they had made is of another policy."""
+    shutil.rmtree(workspace.root / CURRENT_POLICY, ignore_errors=True)
+    stages = workspace.locked_stages()
+    for name in [s for s in stages if s not in keep]:
+        for out in stages.pop(name).get("outs", ()):
+            path = workspace.root / out["path"]
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    text = yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False)
+    (workspace.root / "dvc.lock").write_text(text, encoding="utf-8")
 
 
 def _ancestors(store: Store, digest: str, params: str, root: Path) -> Earlier:

@@ -97,12 +97,12 @@ def attention(store: Store, publisher: Publisher, settings: Settings, now: datet
     ]
     late_s = LATE_FACTOR * settings.trigger.max_wait_s
     lost = [n for n, at in unopened_turns(store).items() if (now - at).total_seconds() > late_s]
-    remedy = "clear `collect.open` of its run in Airflow, and it goes on from there"
+    remedy = "clear `open` of its run of `collect` in Airflow, and it goes on from there"
     alarms.append(_alarm("claimed failures and was never opened", lost, remedy))
     waiting = backlog(store, now)
     if waiting.count and waiting.oldest_s > late_s:
         waits = f"{waiting.count}, the oldest for {waiting.oldest_s / 3600:.1f} h"
-        remedy = "is Airflow's triggerer up, and another turn under way? `flywheel doctor`"
+        remedy = "is Airflow's triggerer up, and a turn in `improve` that waits or trains? `flywheel doctor`"
         alarms.append(Alarm("failures that no turn takes", (waits,), remedy))
     return [a for a in alarms if a.who]
 

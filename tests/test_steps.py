@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flywheel.errors import StageError
 from flywheel.rollout import RolloutState
 from flywheel.schema import Check, GateReport, RolloutStage, Verdict, bundle_digest, sha256_bytes
 from flywheel.store import Store
-from flywheel.turn import STAGES, TurnResult
+from flywheel.turn import STAGES, TurnRecord, TurnResult
 from tests.bucket import BucketStore
 from tests.deliveries import make_bundle
 from tests.fleets import ReportingFleet
@@ -309,6 +310,38 @@ def test_a_gate_that_does_not_promote_ends_the_turn_without_a_rollout(
     assert list(store.list("rollouts/")) == []
     with pytest.raises(StageError, match="close it first"):
         steps.start_rollout("turn-b")
+
+
+@pytest.mark.parametrize("step", ["begin", "require_trained"])
+def test_a_run_by_hand_of_a_turn_that_is_not_there_or_not_that_far_names_the_field_and_is_not_tried_again(
+    step: str, store: BucketStore
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags import steps
+
+    for name in ("turn-b", "turn-B/..", ""):
+        with pytest.raises(AirflowFailException, match=rf"params\.turn = '{re.escape(name)}': "):
+            getattr(steps, step)(name)
+    record = TurnRecord(turn="turn-b", opened_unix_ns=1, commit="c", current_digest="d", episodes=1)
+    store.put_json("runs/turn-b/turn.json", record)
+    store.put("runs/turn-b/workspace/dvc.lock", b"stages: {curate: {}, label: {}}")
+    with pytest.raises(AirflowFailException, match="turn-b: replay has not finished; clear its task"):
+        getattr(steps, step)("turn-b")
+
+
+def test_no_turn_begins_to_train_while_a_rollout_may_still_change_what_it_would_start_from(
+    waiting: tuple[str, str, ReportingFleet], store: BucketStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dags import steps
+
+    record = TurnRecord(turn="turn-b", opened_unix_ns=1, commit="c", current_digest="d", episodes=1)
+    store.put_json("runs/turn-b/turn.json", record)
+    store.put("runs/turn-b/workspace/dvc.lock", b"stages: {curate: {}, label: {}, replay: {}}")
+    before = store.get("runs/turn-b/turn.json")
+    assert steps.begin("turn-b") is False
+    assert f"rollout {waiting[1]} is under way (approval)" in capsys.readouterr().out
+    assert store.get("runs/turn-b/turn.json") == before
 
 
 def test_a_store_that_is_down_does_not_end_the_watching(

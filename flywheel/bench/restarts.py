@@ -1,6 +1,6 @@
 """``flywheel bench restarts``: bursts of failures while everything on the cloud side is killed.
 
-Real Airflow, real store, the real DAG over a checkout whose stages take seconds; robots that upload through
+Real Airflow, real store, the real DAGs over a checkout whose stages take seconds; robots that upload through
 the product's own spool. SIGKILL meets the scheduler, the triggerer, the DAG processor, the API server, tasks
 (with all that they run) and the store's daemons, at random times; the store also stands still for a while.
 What brings them back is what does so on a robot maker's machine: the keeper, Airflow's retries, the claims.
@@ -94,7 +94,7 @@ class Run:
     kills: Counter[str] = field(default_factory=Counter)
     back_s: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    cleared: Counter[str] = field(default_factory=Counter)  # runs whose failed tasks were cleared
+    cleared: Counter[tuple[str, str]] = field(default_factory=Counter)  # runs whose failed tasks were cleared
     stop: threading.Event = field(default_factory=threading.Event)
     _seen: tuple[str, float] = ("", float("inf"))  # how things stood, and since when
 
@@ -104,6 +104,10 @@ class Run:
     def store(self) -> Store:
         """The store, where it is now."""
         return Store.from_env(Deployment.from_env())
+
+    def runs(self, limit: int) -> list[approvals.Run]:
+        """The newest runs of every DAG that turns go through."""
+        return [r for dag in approvals.DAGS for r in approvals.runs(self.airflow, dag, limit)]
 
     # ── failures ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -211,16 +215,10 @@ class Run:
             with suppress(ServiceError):
                 approver.poll()
             with suppress(ServiceError):
-                for run in approvals.runs(self.airflow, 50):
-                    if run.state == "failed" and not self.cleared[run.run_id]:
-                        body = {
-                            "dry_run": False,
-                            "dag_run_id": run.run_id,
-                            "only_failed": True,
-                            "reset_dag_runs": True,
-                        }
-                        self.airflow.call("POST", f"/dags/{approvals.DAG}/clearTaskInstances", body)
-                        self.cleared[run.run_id] += 1
+                for run in self.runs(50):
+                    if run.state == "failed" and not self.cleared[run.dag, run.run_id]:
+                        approvals.clear(self.airflow, run)
+                        self.cleared[run.dag, run.run_id] += 1
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -229,9 +227,10 @@ class Run:
         now = time.monotonic()
         try:
             store = self.store()
-            turns, runs = _turns(store), approvals.runs(self.airflow, 50)
+            turns, runs = _turns(store), self.runs(50)
             waiting = backlog(store).count
-            seen = waiting, turns, [approvals.run(self.airflow, r.run_id).tasks for r in runs if not r.over]
+            busy = [approvals.run(self.airflow, r.dag, r.run_id).tasks for r in runs if not r.over]
+            seen = waiting, turns, busy
         except FlywheelError:
             return False
         if not waiting and all(closed for _, closed in turns) and all(r.over for r in runs):
@@ -342,8 +341,8 @@ def _count(run: Run) -> dict[str, int]:
         except FlywheelError as e:
             run.notes.append(f"{name}: {e}")
     shown = {e.turn for e in experiments(run.checkout)}
-    runs = approvals.runs(airflow, 100)
-    tasks = [(r, t) for r in runs for t in approvals.run(airflow, r.run_id).tasks]
+    runs = run.runs(100)
+    tasks = [(r, t) for r in runs for t in approvals.run(airflow, r.dag, r.run_id).tasks]
     stuck = [(r, t) for r, t in tasks if t.state not in ENDED]
     run.notes += [f"{r.run_id}: {t.name} is {t.state}" for r, t in stuck[:10]]
     lost = [i for i in run.ids if not curated[i]]

@@ -286,7 +286,7 @@ class Airflow:
             {
                 "core": {
                     "load_examples": "False",
-                    "parallelism": "4",
+                    "parallelism": "4",  # a turn that waits holds one: at most open, begin and meanwhile do
                     "dags_are_paused_at_creation": "False",
                     "fernet_key": old.get("core", "fernet_key", fallback=fernet),
                     "simple_auth_manager_users": ",".join(f"{u}:{role}" for u, role in USERS.items()),
@@ -323,6 +323,8 @@ class Airflow:
                 "dag_processor": {
                     "dag_bundle_config_list": json.dumps([bundle]),
                     "refresh_interval": "30",
+                    # Half a second of a processor for each file. By default each is parsed every 30 s.
+                    "min_file_process_interval": "120",
                 },
                 "logging": {"base_log_folder": str(self.logs / "airflow"), "colored_console_log": "False"},
             }

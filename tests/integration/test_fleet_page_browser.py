@@ -239,9 +239,9 @@ def test_a_person_sees_a_failure_start_a_run_opens_the_evidence_and_approves(
             shown.get_by_role("link", name="task timeout").first.wait_for()  # by itself: the page is live
             shown.locator("a.card img").first.evaluate("image => image.decode()")
             page.screenshot(path=shots / "2-failures.png")
-            run = wait_for(lambda: next(iter(approvals.runs(airflow, 1)), None), "a run")
+            run = wait_for(lambda: next(iter(approvals.runs(airflow, approvals.COLLECT, 1)), None), "a run")
             assert run.kind == "asset_triggered"
-            page.goto(f"{airflow.url}/dags/wheel/runs/{run.run_id}")
+            page.goto(f"{airflow.url}/dags/{run.dag}/runs/{run.run_id}")
             page.get_by_text("collect").first.wait_for()
             page.screenshot(path=shots / "3-run.png")
             page.goto("about:blank")  # an open page asks every few seconds, and the run needs the processor

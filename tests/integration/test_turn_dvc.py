@@ -22,7 +22,15 @@ from flywheel.errors import BundleError, ConfigError, IntegrityError, StageError
 from flywheel.experiments import experiments as listed
 from flywheel.schema import BUNDLE_FILES, GateReport, Verdict, bundle_digest, sha256_file
 from flywheel.store import Store
-from flywheel.turn import STAGES, TurnRecord, TurnResult, close_turn, open_turn, run_stage
+from flywheel.turn import (
+    STAGES,
+    TurnRecord,
+    TurnResult,
+    close_turn,
+    open_turn,
+    run_stage,
+    start_from,
+)
 from tests.checkouts import fail_on_a_robot, git, make_checkout
 
 pytestmark = pytest.mark.integration
@@ -133,6 +141,48 @@ def test_two_turns_of_the_wheel_are_two_experiments_of_the_checkout(
     assert git(checkout, "status", "--porcelain") == ""
     for path in (workspace / ".dvc/config.local", workspace / "dvc.lock"):
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in path.read_text()
+
+
+def test_a_turn_that_waited_for_another_ones_release_trains_from_what_was_released(
+    checkout: Path, home: Deployment, store: Store, tmp_path: Path
+) -> None:
+    """Collected while the turn ahead was judged, and half trained too early: nothing of that stays."""
+    fail_on_a_robot(store, tmp_path, 1)
+    assert open_turn("turn-ahead", force=True) is not None
+    for stage in STAGES:
+        assert run_stage("turn-ahead", stage) == 0
+    fail_on_a_robot(store, tmp_path, 2, 3)
+    opened = open_turn("turn-behind", force=True)
+    assert opened is not None
+    with pytest.raises(StageError, match="turn-behind: curate has not finished"):
+        start_from("turn-behind", opened.current_digest)
+    for stage in STAGES[:4]:
+        assert run_stage("turn-behind", stage) == 0
+    assert start_from("turn-behind", "") == opened, "the same policy is no reason to begin again"
+    once = [*STAGES, "curate", "label", "train"]  # what replays the lab is the same, and comes from the cache
+    assert ran(tmp_path) == once
+
+    released = close_turn("turn-ahead").candidate_digest
+    for _ in range(2):  # a task that is tried again
+        record = start_from("turn-behind", released)
+        assert (record.current_digest, record.opened_digest) == (released, opened.current_digest)
+    assert open_turn("turn-behind") == record
+    assert close_turn("turn-behind", ok=False).stages == ("curate", "label", "replay")
+    root = home.home / "runs" / "turn-behind"
+    assert not (root / "data/checkpoint").exists()
+    assert not (root / "data/metrics/train.json").exists()
+    # The rest on another machine.
+    shutil.rmtree(root)
+    for stage in STAGES[3:]:
+        assert run_stage("turn-behind", stage) == 0
+    assert ran(tmp_path) == [*once, *STAGES[3:]], "what had been collected was made again"
+    ahead = (home.home / "runs/turn-ahead/data/checkpoint/weights").read_text()
+    assert (root / "data/checkpoint/weights").read_text().startswith(ahead)
+    result = close_turn("turn-behind")
+    report = store.get_json(f"gates/{result.gate_digest}.json", GateReport, result.gate_digest)
+    assert report.current_digest == result.current_digest == released
+    with pytest.raises(StageError, match=r"turn-behind: was closed \(promote\)"):
+        start_from("turn-behind", "")
 
 
 def test_what_the_checkouts_own_dvc_lock_lists_is_not_finished_in_a_turn(
