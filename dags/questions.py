@@ -16,7 +16,7 @@ from airflow.providers.standard.operators.hitl import HITLEntryOperator
 from airflow.sdk import Param, dag, task
 
 from dags.flow import SETTINGS, questions
-from flywheel.label.form import fields
+from flywheel.aspects import fields
 
 
 class Form(HITLEntryOperator):

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from flywheel.aspects import WORDS, Aspect
 from flywheel.config import LabelSettings
 from flywheel.episode import read
 from flywheel.errors import StageError
 from flywheel.label import Cause, FailureMode, Label, label, label_episode
-from flywheel.label.aspects import WORDS, Aspect
 from flywheel.label.signals import intervals
 from flywheel.schema import FRAMES_FILE, Outcome, Trigger, TriggerKind
 from tests.attempts import CORRECTED, KINDS, POLICY_NS, attempt, flip, truncate

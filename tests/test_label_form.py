@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flywheel.aspects import fields
 from flywheel.errors import StageError
 from flywheel.label import Aspect, Question, Questions, form
 from flywheel.label import answers as saying
@@ -65,7 +66,7 @@ def test_what_was_answered_in_the_terminal_is_not_asked(store: BucketStore) -> N
 def test_words_come_to_the_episode_of_their_number(store: BucketStore) -> None:
     ask(store, "turn-a", 1, 2, 3)
     form.make(store, "run-1", 3)
-    given = dict.fromkeys(form.fields(3), "") | {"cause_02": "hardware", "phase_02": "grasp", "note": "belt"}
+    given = dict.fromkeys(fields(3), "") | {"cause_02": "hardware", "phase_02": "grasp", "note": "belt"}
     for _ in range(2):  # a repeat says nothing new
         form.keep(store, "run-1", given, "ann", 7)
     (said,) = saying.collect(store).answers
@@ -97,7 +98,7 @@ def test_input_that_the_form_did_not_ask_for_keeps_nothing(
 def test_a_form_that_nobody_filled_in_says_nothing(store: BucketStore) -> None:
     ask(store, "turn-a", 1)
     form.make(store, "run-1", 5)
-    assert form.keep(store, "run-1", dict.fromkeys(form.fields(5), ""), "", 7) == []
+    assert form.keep(store, "run-1", dict.fromkeys(fields(5), ""), "", 7) == []
 
 
 def test_a_question_that_is_gone_shifts_no_numbers(store: BucketStore) -> None:

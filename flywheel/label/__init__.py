@@ -5,8 +5,8 @@ them (``model.py``), a classifier learns from people (``learned.py``); what is u
 answers teach the next turn (``choosing.py``, ``answers.py``).
 """
 
+from flywheel.aspects import WORDS, Aspect, Cause, FailureMode, Intervention, Phase
 from flywheel.label.answers import Answer, Answers, Question, Questions
-from flywheel.label.aspects import WORDS, Aspect, Cause, FailureMode, Intervention, Phase
 from flywheel.label.pictures import Familiar
 from flywheel.label.stage import (
     LABELS,

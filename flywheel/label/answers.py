@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from flywheel.aspects import WORDS, Aspect
 from flywheel.errors import Conflict, NotFound, StageError
-from flywheel.label.aspects import WORDS, Aspect
 from flywheel.schema import Strict, sha256_bytes
 from flywheel.store import Store
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flywheel.label.aspects import Cause
+from flywheel.aspects import Cause
 from flywheel.label.signals import TRACKING_ERROR_RAD, Signals
 from flywheel.schema import Limit, Outcome, TriggerKind
 

@@ -16,16 +16,13 @@ from urllib.parse import quote
 
 from pydantic import Field
 
+from flywheel.aspects import ASKED, NOTE, Aspect, field_name, fields
 from flywheel.errors import Conflict, StageError
 from flywheel.label.answers import Answer, Question, answer, asked, shown, waiting
-from flywheel.label.aspects import WORDS, Aspect
 from flywheel.schema import Strict, sha256_bytes
 from flywheel.store import Store
 
 FORMS = "labels/forms"
-NOTE = "note"
-ASPECTS = (Aspect.FAILURE_MODE, Aspect.PHASE, Aspect.CAUSE)
-TITLES = {Aspect.FAILURE_MODE: "how it failed", Aspect.PHASE: "where in the task", Aspect.CAUSE: "why"}
 
 
 class Form(Strict):
@@ -33,22 +30,6 @@ class Form(Strict):
 
     schema_version: Literal[1] = 1
     questions: tuple[tuple[str, str], ...] = Field(max_length=100)
-
-
-def fields(count: int) -> dict[str, dict[str, Any]]:
-    """The form's fields for so many questions, by name: JSON schema with default, title and words."""
-    found: dict[str, dict[str, Any]] = {
-        _field(aspect, i): {
-            "default": "",
-            "type": "string",
-            "enum": ["", *WORDS[aspect]],
-            "title": f"{i}. {TITLES[aspect]}",
-        }
-        for i in range(1, count + 1)
-        for aspect in ASPECTS
-    }
-    title = "Note (kept with every answer)"
-    return {**found, NOTE: {"default": "", "type": "string", "maxLength": 2000, "title": title}}
 
 
 def make(store: Store, name: str, count: int) -> list[Question]:
@@ -112,7 +93,7 @@ def keep(store: Store, name: str, given: Mapping[str, Any], by: str, t_unix_ns: 
     if answered and not by:
         raise StageError("answers of nobody: the form has to say who filled it in")
     for i, q in enumerate(questions, 1):
-        words = {a: str(given[_field(a, i)]) for a in ASPECTS if _field(a, i) in answered}
+        words = {a: str(given[field_name(a, i)]) for a in ASKED if field_name(a, i) in answered}
         if words:
             said.append((q.episode_id, words))
     return [answer(store, e, words, by, t_unix_ns, note=note[:2000]) for e, words in said]
@@ -125,10 +106,6 @@ def _questions(store: Store, name: str) -> list[Question]:
     if gone:  # numbers would shift, and words come to the wrong episode
         raise StageError(f"form {name}: the question about {gone[0]} is not in the store any more")
     return [turns[t][e] for t, e in form.questions]
-
-
-def _field(aspect: Aspect, number: int) -> str:
-    return f"{aspect.value}_{number:02d}"
 
 
 def _key(name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flywheel.label.aspects import Aspect, FailureMode, Intervention, Phase
+from flywheel.aspects import Aspect, FailureMode, Intervention, Phase
 from flywheel.label.causes import CAUSES
 from flywheel.label.signals import Signals
 from flywheel.schema import Outcome, TriggerKind

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from flywheel.aspects import WORDS, Aspect
 from flywheel.label.answers import Answers, Evidence
-from flywheel.label.aspects import WORDS, Aspect
 from flywheel.label.functions import FUNCTIONS, Vote, vote
 from flywheel.label.learned import FEWEST, Calibration, Classifier, calibrate, train
 from flywheel.label.model import LabelModel, fit

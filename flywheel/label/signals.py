@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flywheel.aspects import Phase
 from flywheel.episode import Episode, as_array
-from flywheel.label.aspects import Phase
 from flywheel.label.pictures import Familiar, Pictures, look
 from flywheel.schema import NO_FAULT, Limit, Manifest, Mode, TriggerKind
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from flywheel import episode
+from flywheel.aspects import Aspect, Cause, FailureMode
 from flywheel.config import LabelSettings
 from flywheel.episode import Episode
 from flywheel.errors import StageError
 from flywheel.label.answers import Answers, Evidence, Question, Questions, Said
-from flywheel.label.aspects import Aspect, Cause, FailureMode
 from flywheel.label.choosing import choose
 from flywheel.label.functions import Vote
 from flywheel.label.labelling import UNTAUGHT, Labellers, Word, evidence, learn, reason, words_of

@@ -49,6 +49,7 @@ def parsed() -> Any:
         from airflow.dag_processing.dagbag import DagBag
         bag = DagBag({str(ROOT / "dags")!r}, collect_dags=False)
         bag.collect_dags()
+        heavy = [m for m in {HEAVY!r} if m in sys.modules]
         asked = []
         class Busy:
             def get_dr_count(self, dag_id, states):
@@ -60,7 +61,7 @@ def parsed() -> Any:
             "errors": bag.import_errors,
             "goes_on": [bool(called[0]({{}}, None, Busy())), bool(called[1]("turn-b", Busy()))],
             "asked": asked,
-            "heavy": [m for m in {HEAVY!r} if m in sys.modules],
+            "heavy": heavy,
             "dags": {{dag.dag_id: {{
                 "max_active_runs": dag.max_active_runs,
                 "doc": dag.doc_md,

@@ -1,8 +1,9 @@
-"""What is said of an episode: five aspects, each with its words."""
+"""What is said of an episode: five aspects, each with its words; and the form that asks people for them."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from flywheel.schema import Outcome
 
@@ -69,3 +70,28 @@ WORDS: dict[Aspect, tuple[str, ...]] = {
     Aspect.CAUSE: tuple(Cause),
     Aspect.INTERVENTION: tuple(Intervention),
 }
+
+# What a form asks of each episode, and how it says it.
+ASKED = {Aspect.FAILURE_MODE: "how it failed", Aspect.PHASE: "where in the task", Aspect.CAUSE: "why"}
+NOTE = "note"
+
+
+def field_name(aspect: Aspect, number: int) -> str:
+    """Of the field that asks for an aspect of the form's question ``number`` (from 1)."""
+    return f"{aspect.value}_{number:02d}"
+
+
+def fields(count: int) -> dict[str, dict[str, Any]]:
+    """The form's fields for so many questions, by name: JSON schema with default, title and words."""
+    found: dict[str, dict[str, Any]] = {
+        field_name(aspect, i): {
+            "default": "",
+            "type": "string",
+            "enum": ["", *(str(w) for w in WORDS[aspect])],
+            "title": f"{i}. {title}",
+        }
+        for i in range(1, count + 1)
+        for aspect, title in ASKED.items()
+    }
+    title = "Note (kept with every answer)"
+    return {**found, NOTE: {"default": "", "type": "string", "maxLength": 2000, "title": title}}
