@@ -19,7 +19,7 @@ from typing import Any
 from airflow.sdk import Asset, AssetWatcher, Param, PokeReturnValue, TaskGroup, chain, dag, task
 
 from dags.backlog import BacklogTrigger
-from dags.flow import DEFAULTS, SETTINGS, WAIT, dataset, hand_over, is_free, questions, stage
+from dags.flow import DEFAULTS, SETTINGS, WAIT, dataset, give_up, hand_over, is_free, questions, stage
 from flywheel.approvals import COLLECT, IMPROVE
 
 OPENED = "{{ ti.xcom_pull(task_ids='open') }}"
@@ -63,12 +63,6 @@ def collect() -> None:
         if not is_free(ti, IMPROVE):
             return PokeReturnValue(False)
         return PokeReturnValue(True, steps.open_turn(dag_run.run_id, dag_run.run_after, **params))
-
-    @task(trigger_rule="one_failed")
-    def give_up(turn: str) -> None:
-        from dags import steps
-
-        steps.give_up(turn)
 
     turn = open_()
     with TaskGroup("stages", prefix_group_id=False, tooltip="Each is a stage of dvc.yaml"):

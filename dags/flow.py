@@ -22,7 +22,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
-from airflow.sdk import Asset, Metadata, Param
+from airflow.sdk import Asset, Metadata, Param, task
 
 from flywheel.config import PARAMS_FILE, Settings
 from flywheel.workspace import source_checkout
@@ -117,3 +117,11 @@ def hand_over(to: str, turn: str = GIVEN) -> HandOver:
         logical_date=None,
         skip_when_already_exists=True,  # where it appeared between the look and the request
     )
+
+
+@task(trigger_rule="one_failed")
+def give_up(turn: str | None, dag: Any = None) -> None:
+    """After a stage that failed for good."""
+    from dags import steps
+
+    steps.give_up(turn, dag.dag_id)

@@ -17,7 +17,7 @@ from typing import Any
 
 from airflow.sdk import TaskGroup, chain, dag, task
 
-from dags.flow import DEFAULTS, GIVEN, TURN, WAIT, dataset, hand_over, is_free, policy, stage
+from dags.flow import DEFAULTS, GIVEN, TURN, WAIT, dataset, give_up, hand_over, is_free, policy, stage
 from flywheel.approvals import IMPROVE, RELEASE
 
 
@@ -37,12 +37,6 @@ def improve() -> None:
         from dags import steps
 
         return is_free(ti, RELEASE) and steps.begin(turn)
-
-    @task(trigger_rule="one_failed")
-    def give_up(turn: str) -> None:
-        from dags import steps
-
-        steps.give_up(turn)
 
     with TaskGroup("stages", prefix_group_id=False, tooltip="Each is a stage of dvc.yaml"):
         stages = [

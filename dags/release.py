@@ -21,7 +21,7 @@ from typing import Any
 from airflow.providers.standard.operators.hitl import HITLBranchOperator
 from airflow.sdk import Param, PokeReturnValue, TaskGroup, chain, dag, task
 
-from dags.flow import DEFAULTS, GIVEN, SETTINGS, TURN, WAIT, policy, release, stage
+from dags.flow import DEFAULTS, GIVEN, SETTINGS, TURN, WAIT, give_up, policy, release, stage
 from flywheel.approvals import HOLD, PROMOTE, RELEASE, ROLL_BACK
 from flywheel.config import Deployment
 
@@ -60,12 +60,6 @@ def release_() -> None:
         from dags import steps
 
         return steps.register(turn)
-
-    @task(trigger_rule="one_failed")
-    def give_up(turn: str) -> None:
-        from dags import steps
-
-        steps.give_up(turn)
 
     @task(inlets=[policy])
     def start(turn: str) -> str:

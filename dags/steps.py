@@ -31,6 +31,7 @@ ORDER = (
     RolloutStage.WIDE,
     RolloutStage.DONE,
 )
+BEFORE = {approvals.COLLECT: (), approvals.IMPROVE: turn.COLLECTED, approvals.RELEASE: turn.TRAINED}
 DECISIONS = {
     approvals.PROMOTE: Verdict.PROMOTE,
     approvals.HOLD: Verdict.HOLD,
@@ -52,9 +53,13 @@ def open_turn(run_id: str, run_after: datetime, force: bool, adjust: Mapping[str
 
 def begin(name: str) -> bool:
     """Let the turn train from what the fleet runs now; False while a rollout may still change that."""
-    _require(name, turn.COLLECTED)
+    _require(name, BEFORE[approvals.IMPROVE])
     store, publisher = _fleet()
-    other = rollout.active_rollout(store, publisher)
+    try:
+        other = rollout.active_rollout(store, publisher)
+    except StoreUnavailable as e:
+        print(f"not seen, looking again: {e}")
+        return False
     if other is not None:
         print(f"{name}: waits: rollout {other.rollout_id} is under way ({other.stage})")
         return False
@@ -66,7 +71,7 @@ def begin(name: str) -> bool:
 
 def require_trained(name: str) -> None:
     """End a run, without trying again, whose turn is not there or not that far."""
-    _require(name, turn.TRAINED)
+    _require(name, BEFORE[approvals.RELEASE])
 
 
 def register(name: str) -> dict[str, Any]:
@@ -76,11 +81,20 @@ def register(name: str) -> dict[str, Any]:
     return result.model_dump(mode="json")
 
 
-def give_up(name: str | None) -> None:
-    """Keep what a failed turn had finished as its experiment; clearing its tasks later goes on from there."""
-    if name is not None:
-        result = turn.close_turn(name, ok=False)
-        print(f"{name}: finished {', '.join(result.stages) or 'nothing'}")
+def give_up(name: str | None, dag: str) -> None:
+    """Keep what a failed turn had finished as its experiment; clearing its tasks later goes on from there.
+
+    There is nothing to keep where the run itself was refused: no such turn, or not that far.
+    """
+    if name is None:
+        return
+    try:
+        turn.require(name, BEFORE[dag])
+    except StageError as e:
+        print(e)
+        return
+    result = turn.close_turn(name, ok=False)
+    print(f"{name}: finished {', '.join(result.stages) or 'nothing'}")
 
 
 def start_rollout(name: str) -> str:

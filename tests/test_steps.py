@@ -323,9 +323,12 @@ def test_a_run_by_hand_of_a_turn_that_is_not_there_or_not_that_far_names_the_fie
     for name in ("turn-b", "turn-B/..", ""):
         with pytest.raises(AirflowFailException, match=rf"params\.turn = '{re.escape(name)}': "):
             getattr(steps, step)(name)
+    steps.give_up("turn-b", "improve")
     record = TurnRecord(turn="turn-b", opened_unix_ns=1, commit="c", current_digest="d", episodes=1)
     store.put_json("runs/turn-b/turn.json", record)
     store.put("runs/turn-b/workspace/dvc.lock", b"stages: {curate: {}, label: {}}")
+    steps.give_up("turn-b", "improve")
+    assert not store.exists("runs/turn-b/result.json"), "a run that was refused ended another one's turn"
     with pytest.raises(AirflowFailException, match="turn-b: replay has not finished; clear its task"):
         getattr(steps, step)("turn-b")
 
