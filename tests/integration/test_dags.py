@@ -239,7 +239,7 @@ def test_a_turn_from_failures_to_every_robot(store: Store, store_env: dict[str, 
         assert run[name]["state"] == "success", run
         assert run[name]["tasks"].pop("give_up") == "skipped"
         assert set(run[name]["tasks"].values()) == {"success"}
-    assert run["watch"]["tasks"] == dict.fromkeys(("renew", "clear", "attention"), "success")
+    assert run["watch"]["tasks"] == dict.fromkeys(("renew", "clear", "attention", "catalogue"), "success")
     assert run["handed"] == [[d, turn, "operator_triggered", {"turn": turn}] for d in ("improve", "release")]
     (result,) = [
         store.get_json(i.key, TurnResult) for i in store.list("runs/") if i.key.endswith("result.json")
