@@ -29,7 +29,7 @@ from flywheel.rehearsal.reporting import ReportingFleet
 from flywheel.services.airflow import Airflow, dags_folder
 from flywheel.store import Store
 
-DAGS = ("collect", "improve", "release", "watch")
+DAGS = ("collect", "questions", "improve", "release", "watch")
 OBJECTS = 100
 SETTLE_S = 15.0  # from healthy to the measurement: the DAGs have been parsed by then
 RUN_S = 120.0
