@@ -258,6 +258,6 @@ def _other_objects(group: Sequence[Candidate], settings: CheckSettings) -> None:
         names, counts = np.unique(others, return_counts=True)
         most = int(np.argmax(counts))
         if names[most] != tasks[i] and counts[most] >= settings.neighbours_agree:
-            word = str(names[most])
-            text = f"{counts[most]} of {len(others)} that grasped what looks alike did so for {word!r}"
+            words = str(names[most])
+            text = f"{counts[most]} of {len(others)} that grasped what looks alike did so for {words!r}"
             _quarantine(c, Found(Fault.OTHER_OBJECT, text))
