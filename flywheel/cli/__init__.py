@@ -13,6 +13,7 @@ import typer
 from flywheel.cli import (
     access,
     approvals,
+    backups,
     bench,
     campaigns,
     episodes,
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 operate.add_to(app)
+backups.add_to(app)
 bench.add_to(app)
 page.add_to(app)
 stages.add_to(app)
