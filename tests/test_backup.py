@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from flywheel import backup
 from flywheel.backup.order import TIERS, missing_numbers, tier_of
 from flywheel.claims import INBOX, LOG, Claims, claim, claims_of
+from flywheel.cli import app
 from flywheel.edge.updater import Action
 from flywheel.errors import ConfigError, IntegrityError, ServiceError, StoreError
 from flywheel.rehearsal.site import Site
@@ -617,3 +619,38 @@ def test_a_store_that_is_down_ends_it_with_the_stores_own_words(site: Site, tmp_
     with site.server.down(), pytest.raises(StoreError, match="memory"):
         backup.make(tmp_path / "b", site.store, site.root, None)
     assert not list((tmp_path / "b/manifests").iterdir())
+
+
+def test_the_commands_say_what_they_did_and_fail_where_something_was_damaged(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = BucketStore()
+    stores = iter([site.store, site.store, into, into])
+    monkeypatch.setattr(Store, "from_env", classmethod(lambda cls, *_, **__: next(stores)))
+    monkeypatch.setenv("FLYWHEEL_STORE", "s3://test")
+    monkeypatch.setenv("FLYWHEEL_HOME", str(site.root))
+    monkeypatch.setenv("FLYWHEEL_CHECKOUT", str(make_checkout(tmp_path / "checkout")))
+    directory = str(tmp_path / "b")
+
+    def run(*args: str) -> tuple[int, dict[str, Any]]:
+        done = CliRunner().invoke(app, [*args, "--json"])
+        return done.exit_code, json.loads(done.stdout)
+
+    code, made = run("backup", directory)
+    assert code == 0
+    assert made["objects"] == len(site.server.objects)
+    assert "git/experiments.bundle" in made["files"]
+    code, checked = run("restore", directory, "--check")
+    assert (code, checked["written"], checked["verified"]) == (0, False, made["objects"] + 2)
+    _, metadata = site.server.objects["releases/metadata/timestamp.json"]
+    site.server.overwrite("gates/a.json", b"x")
+    site.server.objects["gates/a.json"] = (b"y", metadata)
+    code, made = run("backup", directory)
+    assert code == 1
+    assert "gates/a.json" in made["damaged"][0]
+    monkeypatch.setenv("FLYWHEEL_HOME", str(tmp_path / "home"))
+    code, done = run("restore", directory)
+    assert (code, done["objects"]) == (0, made["objects"])
+    into.put("releases/metadata/timestamp.json", b"somebody's")
+    code, done = run("restore", directory, "--into-existing")
+    assert (code, done["different"]) == (1, ["releases/metadata/timestamp.json"])

@@ -22,6 +22,7 @@ from flywheel.cli import (
     labels,
     operate,
     page,
+    production,
     rollouts,
     stages,
     turns,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 operate.add_to(app)
 backups.add_to(app)
+production.add_to(app)
 bench.add_to(app)
 page.add_to(app)
 stages.add_to(app)
