@@ -79,7 +79,7 @@ def experiments(to: Directory, checkout: Path) -> tuple[Entry | None, str]:
     if _git(checkout, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", ok=(0, 1)) == "":
         return None, f"{checkout} has no commit, so no experiments"
     part = to.incoming / uuid.uuid4().hex
-    names = [branch or "HEAD", *refs]
+    names = ["HEAD", *([branch] if branch else []), *refs]  # HEAD, so that a bundle can be cloned
     # One thread packs the same objects to the same bytes, which are then not copied again.
     make = ("-c", "pack.threads=1", "bundle", "create", "--quiet", str(part), "--stdin")
     _git(checkout, *make, stdin="\n".join(names) + "\n")
@@ -122,9 +122,10 @@ def put_experiments(source: Directory, entry: Entry, checkout: Path) -> tuple[in
     stand for another commit there and were left. Branches go to ``refs/flywheel/restored/``."""
     bundle = str(source.path(entry).absolute())
     refspecs, present, other = [], 0, []
-    for line in _git(checkout, "bundle", "list-heads", bundle).splitlines():
-        commit, _, ref = line.partition(" ")
-        if not (into := _destination(ref)):
+    heads = [line.split(" ", 1) for line in _git(checkout, "bundle", "list-heads", bundle).splitlines()]
+    named = any(ref.startswith("refs/heads/") for _, ref in heads)
+    for commit, ref in heads:
+        if not (into := _destination(ref)) or (ref == "HEAD" and named):
             continue
         have = _git(checkout, "rev-parse", "--verify", "--quiet", into, ok=(0, 1))
         if have == commit:

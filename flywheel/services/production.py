@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
 
+from flywheel.access import LOGS
 from flywheel.config import Deployment
 from flywheel.errors import ConfigError
 from flywheel.services.airflow import PATIENCE, POOLS
@@ -208,7 +209,7 @@ def _dags(checkout: str, repository: str) -> Setting:
 def _logs(deployment: Deployment) -> list[Setting]:
     return [
         _set("logging", "remote_logging", "True"),
-        _set("logging", "remote_base_log_folder", f"{deployment.store_url.rstrip('/')}/logs/airflow"),
+        _set("logging", "remote_base_log_folder", f"{deployment.store_url.rstrip('/')}/{LOGS}"),
         _set("logging", "remote_log_conn_id", "aws_default"),
         _set("logging", "delete_local_logs", "True"),
         Setting(

@@ -27,7 +27,7 @@ from flywheel.trace import trace
 from flywheel.turn import STAGES, result_of
 from tests.checkouts import fail_on_a_robot, git, make_checkout
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 STEPS = {
     "open": "from dags import steps; from datetime import datetime, UTC; "
