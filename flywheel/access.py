@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from flywheel.errors import ConfigError
 from flywheel.schema import RELEASES, ROBOT_NAME
 
+LOGS = "logs/airflow"  # where the logs of Airflow's tasks lie, by whichever of them ran
 VERSION = "2012-10-17"  # of the policy language
 _LIST = ("s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:GetBucketLocation")
 _READ = ("s3:GetObject",)
@@ -45,25 +46,16 @@ def robot(store_url: str, site: str, name: str) -> Policy:
 
 def stages(store_url: str) -> Policy:
     """For the workers that curate, train, export and judge: all but releasing."""
-    written = (
-        "bundles",
-        "catalogue",
-        "claimed",
-        "datasets",
-        "dvc",
-        "gates",
-        "policies",
-        "runs",
-        "state",
-        "probe",
-    )
+    results = ("bundles", "catalogue", "datasets", "dvc", "gates", "policies", "runs")
+    asked = ("labels/questions", "labels/forms", "labels/answers")
+    written = (*results, *asked, "claimed", "state", LOGS, "probe")
     folders = [f"{w}/*" for w in written]
     return _policy(store_url, read=("*",), write=folders, remove=("inbox/*", "dvc/*", "probe/*"))
 
 
 def publisher(store_url: str) -> Policy:
     """For the workers that roll out, and the people who approve: releases, rollouts, requests to robots."""
-    written = (RELEASES, "rollouts", "campaigns", "fleet/requests", "fleet/twin", "probe")
+    written = (RELEASES, "rollouts", "campaigns", "fleet/requests", "fleet/twin", LOGS, "probe")
     return _policy(store_url, read=("*",), write=[f"{w}/*" for w in written], remove=("probe/*",))
 
 

@@ -418,6 +418,8 @@ class Deployment(Section):
     ``FLYWHEEL_RAY``        Ray cluster that scans the catalogue and looks at episodes for curation:
                             ``ray://host:10001``, ``auto`` (this machine's) or ``local`` (one of its
                             own); default: this process does it
+    ``FLYWHEEL_GIT_REMOTE`` git remote of the checkout that takes every turn's experiment too, such as
+                            ``origin``: for workers whose checkout is their own; default: none does
     ======================  =====================================================================
 
     With neither store variable set, the store is the embedded one of ``FLYWHEEL_HOME``.
@@ -431,6 +433,7 @@ class Deployment(Section):
     robot: str
     approvers: tuple[str, ...] = ("ops",)
     ray: str = ""
+    git_remote: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Deployment:
@@ -453,6 +456,7 @@ class Deployment(Section):
             robot=_name(env, "FLYWHEEL_ROBOT", host or "robot"),
             approvers=_approvers(env),
             ray=_ray(env),
+            git_remote=_git_remote(env),
         )
 
 
@@ -484,6 +488,13 @@ def _ray(env: Mapping[str, str]) -> str:
     value = env.get("FLYWHEEL_RAY", "")
     if value and not re.fullmatch(r"auto|local|(ray://)?[A-Za-z0-9.-]+:\d{1,5}", value):
         raise ConfigError(f"FLYWHEEL_RAY={value!r}: must be auto, local or look like ray://host:10001")
+    return value
+
+
+def _git_remote(env: Mapping[str, str]) -> str:
+    value = env.get("FLYWHEEL_GIT_REMOTE", "")
+    if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):  # an address may hold a password
+        raise ConfigError("FLYWHEEL_GIT_REMOTE: must be the name of a remote, such as origin, no address")
     return value
 
 

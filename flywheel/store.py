@@ -237,8 +237,9 @@ class Store:
         self._fetch(key, sha256, pieces.append, pieces.clear)
         return b"".join(pieces)
 
-    def get_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        """``get`` into a file, which appears whole and verified (temp, fsync, rename) or not at all."""
+    def get_file(self, key: str, path: Path, sha256: str | None = None) -> str:
+        """``get`` into a file, which appears whole and verified (temp, fsync, rename) or not at all; the
+        sha256 (hex) of what was read."""
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             with part.open("wb") as f:
@@ -247,12 +248,13 @@ class Store:
                     f.seek(0)
                     f.truncate()
 
-                self._fetch(key, sha256, f.write, restart)
+                got = self._fetch(key, sha256, f.write, restart)
                 f.flush()
                 os.fsync(f.fileno())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+        return got
 
     def stream(self, key: str) -> Generator[bytes]:
         """An object's bytes in pieces as they arrive, once and **unverified**: for a reader that holds a
@@ -382,9 +384,7 @@ class Store:
     # -- inside
 
     def _key(self, key: str) -> str:
-        parts = key.split("/")
-        if not key or "" in parts or ".." in parts or "." in parts or not key.isprintable():
-            raise StoreError(f"object key {key!r}: empty, relative or unprintable parts are not allowed")
+        check_key(key)
         if len((self.prefix + key).encode()) > 1024:
             raise StoreError(f"object key {key[:40]!r}…: longer than 1024 bytes")
         return self.prefix + key
@@ -411,7 +411,7 @@ class Store:
                 )
         return sha
 
-    def _fetch(self, key: str, sha256: str | None, sink: Any, restart: Any) -> None:
+    def _fetch(self, key: str, sha256: str | None, sink: Any, restart: Any) -> str:
         full = self._key(key)
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
@@ -429,6 +429,7 @@ class Store:
                 f"{self._at}: {key} has sha256 {got}, expected {expected}: the object was changed or "
                 "damaged; restore it from where it was made"
             )
+        return got
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:
@@ -492,6 +493,13 @@ def _client(session: Session, endpoint: str | None, timeout_s: float, attempts: 
         return session.client("s3", endpoint_url=endpoint, config=config)
     except (ValueError, BotoCoreError) as e:
         raise ConfigError(f"object store client for {endpoint or 'AWS'}: {e}") from None
+
+
+def check_key(key: str) -> None:
+    """Raise ``StoreError`` for a key with empty, relative or unprintable parts."""
+    parts = key.split("/")
+    if not key or "" in parts or ".." in parts or "." in parts or not key.isprintable():
+        raise StoreError(f"object key {key!r}: empty, relative or unprintable parts are not allowed")
 
 
 @contextmanager

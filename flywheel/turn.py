@@ -550,6 +550,7 @@ def _save_experiment(workspace: Workspace, finished: tuple[str, ...]) -> str:
         if ref.endswith(f"/{workspace.turn}"):
             # What `dvc exp push --no-cache` does, without the second that it takes.
             workspace.git("push", "--quiet", "--force", "origin", f"{ref}:{ref}")
+            workspace.forward(ref)
             return commit
     raise StageError(f"{workspace.turn}: dvc exp save left no experiment of that name")
 

@@ -231,6 +231,12 @@ class Workspace:
         """Run git in the workspace; its output without the newline at the end."""
         return _text(_git(self.root, *args))
 
+    def forward(self, ref: str) -> None:
+        """Push a ref of the checkout on to the remote that the deployment names, if it names one."""
+        if remote := self.deployment.git_remote:
+            checkout = Path(self.git("remote", "get-url", "origin"))
+            _git(checkout, "push", "--quiet", "--force", remote, f"{ref}:{ref}")
+
     def run(self, *args: str) -> int:
         """Run a long DVC command; its exit code.
 

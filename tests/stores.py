@@ -47,8 +47,9 @@ class MemoryStore:
             raise IntegrityError(f"{key} has another sha256")
         return data
 
-    def get_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        path.write_bytes(self.get(key, sha256))
+    def get_file(self, key: str, path: Path, sha256: str | None = None) -> str:
+        path.write_bytes(data := self.get(key, sha256))
+        return sha256_bytes(data)
 
     def stat(self, key: str) -> ObjectInfo | None:
         self._request("stat", key)

@@ -69,3 +69,13 @@ def test_only_the_publisher_may_release() -> None:
         assert [n for n, p in policies.items() if may(p, "s3:PutObject", key)] == ["publisher"]
     for key in ("episodes/site=a/robot=r1/x/manifest.json", "releases/x", "bundles/x", "runs/x", "gates/x"):
         assert not any(may(p, "s3:DeleteObject", key) for p in policies.values()), key
+
+
+def test_stages_may_ask_what_they_are_unsure_of_and_every_task_may_keep_its_log() -> None:
+    """Both are written by tasks: without them a turn in production ends in a 403."""
+    url = "s3://fleet/plant"
+    assert may(access.stages(url), "s3:PutObject", "labels/questions/turn-a.json")
+    assert not may(access.stages(url), "s3:PutObject", "labels/answers/e/ada.json")
+    for policy in (access.stages(url), access.publisher(url)):
+        assert may(policy, "s3:PutObject", "logs/airflow/dag_id=wheel/attempt=1.log")
+    assert not may(access.robot(url, "a", "r1"), "s3:GetObject", "logs/airflow/dag_id=wheel/attempt=1.log")

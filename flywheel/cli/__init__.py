@@ -13,6 +13,7 @@ import typer
 from flywheel.cli import (
     access,
     approvals,
+    backups,
     bench,
     campaigns,
     episodes,
@@ -21,6 +22,7 @@ from flywheel.cli import (
     labels,
     operate,
     page,
+    production,
     rollouts,
     stages,
     turns,
@@ -36,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 operate.add_to(app)
+backups.add_to(app)
+production.add_to(app)
 bench.add_to(app)
 page.add_to(app)
 stages.add_to(app)

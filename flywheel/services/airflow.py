@@ -40,6 +40,25 @@ APPROVER = "ops"
 AUTO_APPROVER = "demo-auto-approver"  # can decide only where FLYWHEEL_APPROVERS names it: in the demo
 USERS = {"admin": "admin", APPROVER: "op", AUTO_APPROVER: "op", "viewer": "viewer"}  # name: role
 POOLS = {"trainer": (1, "stages that use every core: one at a time")}
+# What a turn of hours needs of any Airflow, on one machine or on many.
+PATIENCE: Mapping[str, Mapping[str, str]] = {
+    "workers": {
+        # At the default of 5 s an approval that is answered at once can fail its task.
+        "min_heartbeat_interval": "1",
+        # An API server that died is back in half a minute, on a busy machine in two. By default
+        # every task gives up after 10 s, and all its attempts with it.
+        "execution_api_retries": "30",
+        "execution_api_retry_wait_max": "8",
+        "max_failed_heartbeats": "60",
+    },
+    # What a process that was killed had in hand is noticed in two minutes and not in five.
+    "scheduler": {
+        "orphaned_tasks_check_interval": "15",
+        "task_instance_heartbeat_timeout": "120",
+        "task_queued_timeout": "300",
+        "task_queued_timeout_check_interval": "30",
+    },
+}
 WORKER = "airflow worker -- LocalExecutor"  # the title of what runs one task after another
 START_S = 240.0
 STOP_S = 12.0
@@ -304,22 +323,7 @@ class Airflow:
                 "api_auth": {
                     "jwt_secret": old.get("api_auth", "jwt_secret", fallback=secrets.token_urlsafe(64))
                 },
-                "workers": {
-                    # At the default of 5 s an approval that is answered at once can fail its task.
-                    "min_heartbeat_interval": "1",
-                    # An API server that died is back in half a minute, on a busy machine in two. By default
-                    # every task gives up after 10 s, and all its attempts with it.
-                    "execution_api_retries": "30",
-                    "execution_api_retry_wait_max": "8",
-                    "max_failed_heartbeats": "60",
-                },
-                # What a process that was killed had in hand is noticed in two minutes and not in five.
-                "scheduler": {
-                    "orphaned_tasks_check_interval": "15",
-                    "task_instance_heartbeat_timeout": "120",
-                    "task_queued_timeout": "300",
-                    "task_queued_timeout_check_interval": "30",
-                },
+                **PATIENCE,
                 "dag_processor": {
                     "dag_bundle_config_list": json.dumps([bundle]),
                     "refresh_interval": "30",
