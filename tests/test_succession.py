@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flywheel.bench import turn_steps
 from flywheel.bench import turns as study
 from flywheel.bench.turn_steps import Demonstrate, Learn, Record
 from flywheel.config import GateSettings, Settings
@@ -197,7 +199,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[study.Step]:
     def command(task: Demonstrate, result: Path) -> list[str]:
         return [sys.executable, "-c", STEP, result.stem, str(result)]
 
-    monkeypatch.setattr(study.turn_steps, "command", command)
+    monkeypatch.setattr(turn_steps, "command", command)
     monkeypatch.setattr(study, "LOOK_S", 0.01)
     monkeypatch.setattr(study, "_publish", lambda out: {})
     names = {"quick": (), "hangs": (), "after": ("quick", "hangs")}
@@ -217,7 +219,7 @@ def test_a_study_that_is_ended_leaves_no_process_and_goes_on_without_repeating_w
             raise KeyboardInterrupt  # what SIGTERM is to a benchmark
 
     with monkeypatch.context() as m:
-        m.setattr(study.time, "sleep", look)
+        m.setattr(time, "sleep", look)
         with pytest.raises(KeyboardInterrupt):
             study._work(steps, tmp_path, ROOT)
     (hanging,) = ran(tmp_path, "hangs")
