@@ -72,10 +72,12 @@ def test_only_the_publisher_may_release() -> None:
 
 
 def test_stages_may_ask_what_they_are_unsure_of_and_every_task_may_keep_its_log() -> None:
-    """Both are written by tasks: without them a turn in production ends in a 403."""
+    """All are written by tasks: without them a turn in production ends in a 403."""
     url = "s3://fleet/plant"
-    assert may(access.stages(url), "s3:PutObject", "labels/questions/turn-a.json")
-    assert not may(access.stages(url), "s3:PutObject", "labels/answers/e/ada.json")
+    for key in ("questions/turn-a.json", "forms/f.json", "answers/e/ada.json"):  # a form's answers by its task
+        assert may(access.stages(url), "s3:PutObject", f"labels/{key}")
+        assert not may(access.stages(url), "s3:DeleteObject", f"labels/{key}")
+        assert not may(access.robot(url, "a", "r1"), "s3:PutObject", f"labels/{key}")
     for policy in (access.stages(url), access.publisher(url)):
         assert may(policy, "s3:PutObject", "logs/airflow/dag_id=wheel/attempt=1.log")
     assert not may(access.robot(url, "a", "r1"), "s3:GetObject", "logs/airflow/dag_id=wheel/attempt=1.log")
