@@ -74,7 +74,7 @@ def test_only_the_publisher_may_release() -> None:
 def test_stages_may_ask_what_they_are_unsure_of_and_every_task_may_keep_its_log() -> None:
     """All are written by tasks: without them a turn in production ends in a 403."""
     url = "s3://fleet/plant"
-    for key in ("questions/turn-a.json", "forms/f.json", "answers/e/ada.json"):  # a form's answers by its task
+    for key in ("questions/turn-a.json", "forms/f.json", "answers/e/ada.json"):  # what a form brings
         assert may(access.stages(url), "s3:PutObject", f"labels/{key}")
         assert not may(access.stages(url), "s3:DeleteObject", f"labels/{key}")
         assert not may(access.robot(url, "a", "r1"), "s3:PutObject", f"labels/{key}")
