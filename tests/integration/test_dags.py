@@ -34,7 +34,7 @@ def in_airflow(code: str, **environ: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -181,6 +181,7 @@ def test_an_empty_list_of_approvers_is_refused_rather_than_meaning_everybody() -
     assert "FLYWHEEL_APPROVERS is empty" in errors[0]
 
 
+@pytest.mark.timeout(600)  # seven runs, each of which reads the DAGs anew
 def test_a_turn_from_failures_to_every_robot(store: Store, store_env: dict[str, str], tmp_path: Path) -> None:
     """Each DAG to its end; a run of the next one is there, once, however often it is handed over."""
     checkout = make_checkout(tmp_path / "checkout")
