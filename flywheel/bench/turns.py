@@ -360,8 +360,10 @@ def table(doc: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for k in range(len(SHIFTS) + 1)
         for shift in (*SHIFTS, LAB)
     ]
+    points: dict[str, dict[str, str]] = {}
     for name, d in doc["differences"].items():
-        text = f"{100 * d['value']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]"
         choice, what = name.split("_", 1)
-        lines.append([f"points {what}", "", *(text if c == choice else "" for c in CHOICES)])
+        text = f"{100 * d['value']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]"
+        points.setdefault(what, {})[choice] = text
+    lines += [[f"points {w}", "", *(by.get(c, "") for c in CHOICES)] for w, by in points.items()]
     return ["", "shift", *CHOICES], lines
