@@ -122,8 +122,8 @@ def _scenes(k: int) -> dict[str, int]:
     """Where the policy of turn k (0: the base policy) is tried: more often where a bar asks for it."""
     if k == len(SHIFTS):
         return dict.fromkeys((*SHIFTS, LAB), SCENES)
-    full = {LAB: SCENES} if k == 0 else {SHIFTS[k - 1]: SCENES}
-    return {s: full.get(s, SCENES // 2) for s in (*SHIFTS[: k + 1], LAB)}
+    full = LAB if k == 0 else SHIFTS[k - 1]
+    return {s: SCENES if s == full else SCENES // 2 for s in (*SHIFTS, LAB)}
 
 
 def turns(full: bool = False, out: Path | None = None) -> dict[str, Any]:
