@@ -24,7 +24,7 @@ from flywheel.rollout import look
 from flywheel.schema import RolloutStage, sha256_file
 from flywheel.store import EmbeddedStore, Store
 from flywheel.trace import trace
-from flywheel.turn import STAGES, result_of
+from flywheel.turn import COLLECTED, STAGES, result_of
 from tests.checkouts import fail_on_a_robot, git, make_checkout
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300
 STEPS = {
     "open": "from dags import steps; from datetime import datetime, UTC; "
     "print(steps.open_turn('manual__1', datetime(2026, 1, 1, tzinfo=UTC), True, {}))",
+    "begin": "import sys; from dags import steps; print(steps.begin(sys.argv[1]))",
     # What `flywheel turn stage` runs; told to hand over, because this store's address is a loopback.
     "stage": "import sys; from flywheel.turn import run_stage; "
     "sys.exit(run_stage(*sys.argv[1:], hand_over=True))",
@@ -40,6 +41,7 @@ STEPS = {
 }
 KEYS = {  # what a pod is given as a secret: of every key the one that its task signs with
     "open": ("root.json",),
+    "begin": ("root.json",),
     "start": ("root.json", "canary-1.pem", "operator-1.pem", "snapshot-1.pem", "timestamp-1.pem"),
 }
 
@@ -119,7 +121,10 @@ def turned(rgw: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
     shutil.rmtree(made)
     cluster = Cluster(root, origin, home / "keys", environ)
     turn = cluster.run("open")
-    for stage in STAGES:
+    for stage in STAGES[: len(COLLECTED)]:
+        cluster.run("stage", turn, stage)
+    assert cluster.run("begin", turn) == "True"
+    for stage in STAGES[len(COLLECTED) :]:
         cluster.run("stage", turn, stage)
     assert cluster.run("register", turn) == turn
     rollout = cluster.run("start", turn)
@@ -139,7 +144,7 @@ def test_a_turn_whose_every_task_had_a_machine_of_its_own_is_whole(turned: Turne
     result = result_of(turned.turn, turned.store)
     assert result.promotes
     assert result.stages == STAGES
-    assert len(turned.pods) == len(STAGES) + 3
+    assert len(turned.pods) == len(STAGES) + 4
     assert not any(pod.exists() for pod in turned.pods)
     listed = git(turned.origin, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
     assert [line.split()[0] for line in listed] == [result.experiment]
