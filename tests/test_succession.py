@@ -147,6 +147,8 @@ def test_the_bars_are_the_differences_that_were_asked_for(tmp_path: Path) -> Non
     columns, lines = study.table(doc)
     assert columns == ["", "shift", *study.CHOICES]
     assert ["after turn 3", a, "79 % [70, 86]", "70 % [60, 78]", "50 % [40, 60]"] in lines
+    (kept,) = [line for line in lines if line[0] == f"points kept_{a}"]
+    assert [cell.split()[0] for cell in kept[2:]] == ["-1", "+0", "-40"]
 
 
 def test_a_missed_bar_is_printed_as_missed(tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def _scenes(k: int) -> dict[str, int]:
     """Where the policy of turn k (0: the base policy) is tried: more often where a bar asks for it."""
     if k == len(SHIFTS):
         return dict.fromkeys((*SHIFTS, LAB), SCENES)
-    full = {LAB: SCENES} if k == 0 else {SHIFTS[k - 1]: SCENES}
-    return {s: full.get(s, SCENES // 2) for s in (*SHIFTS[: k + 1], LAB)}
+    full = LAB if k == 0 else SHIFTS[k - 1]
+    return {s: SCENES if s == full else SCENES // 2 for s in (*SHIFTS, LAB)}
 
 
 def turns(full: bool = False, out: Path | None = None) -> dict[str, Any]:
@@ -360,8 +360,10 @@ def table(doc: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for k in range(len(SHIFTS) + 1)
         for shift in (*SHIFTS, LAB)
     ]
+    points: dict[str, dict[str, str]] = {}
     for name, d in doc["differences"].items():
-        text = f"{100 * d['value']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]"
         choice, what = name.split("_", 1)
-        lines.append([f"points {what}", "", *(text if c == choice else "" for c in CHOICES)])
+        text = f"{100 * d['value']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]"
+        points.setdefault(what, {})[choice] = text
+    lines += [[f"points {w}", "", *(by.get(c, "") for c in CHOICES)] for w, by in points.items()]
     return ["", "shift", *CHOICES], lines
