@@ -113,6 +113,10 @@ def turned(rgw: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
         **{n: v for n, v in os.environ.items() if n.startswith(("OMP_", "DVC_NO", "AWS_EC2_"))},
     }
     made = make_checkout(root / "made")
+    script = made / "stage.py"  # a trace looks for what real curation says of its dataset
+    said = '{"taken": len(found)}'
+    script.write_text(script.read_text().replace(said, said[:-1] + ', "dataset_sha256": "d" * 64}'))
+    git(made, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-am", "two")
     origin = root / "origin.git"
     subprocess.run(["git", "clone", "--quiet", "--bare", str(made), str(origin)], check=True)
     home = root / "home"
