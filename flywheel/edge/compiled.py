@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import extending, types
 from numba.core import config
 
-MODULES = ("compiled", "link", "mode", "realtime", "safety", "tick", "trace", "tracking")
+MODULES = ("compiled", "control_ring", "link", "mode", "realtime", "safety", "tick", "trace", "tracking")
 
 
 def compiled[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
