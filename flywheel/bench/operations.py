@@ -187,7 +187,9 @@ def _dag_tests(home: Path, notes: list[str]) -> dict[str, float]:
     began = time.perf_counter()
     base = home / "checkout" / "models" / "base" / "bundle"
     with ReportingFleet(store, home / "keys", base, approver="ops"):
-        found = _python(_TEST, str(dags_folder()), AIRFLOW_HOME=str(home / "airflow-test"))
+        folder = str(dags_folder())
+        airflow = {"AIRFLOW_HOME": str(home / "airflow-test"), "AIRFLOW__CORE__DAGS_FOLDER": folder}
+        found = _python(_TEST, folder, **airflow)
     failed = 0
     for name, run in found.items():
         wrong = {t: s for t, s in run["tasks"].items() if s not in ("success", "skipped")}
