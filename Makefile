@@ -19,7 +19,7 @@ demo: setup ## the whole wheel, once: robots fail, learn, and get the better pol
 test: setup ## all tests, unit and integration, but for the soak tests
 	@.ci/test
 
-soak: setup ## the long tests: bad policies in the gate, a recorder under many kills
+soak: setup ## the long tests: bad policies in the gate, a recorder under many kills, tasks without a shared disk
 	@$(BIN)/pytest -m soak
 
 check: setup ## lint, format, types, rules of dependency

@@ -144,6 +144,7 @@ def turned(rgw: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
         store.delete(info.key)
 
 
+@pytest.mark.soak
 def test_a_turn_whose_every_task_had_a_machine_of_its_own_is_whole(turned: Turned) -> None:
     result = result_of(turned.turn, turned.store)
     assert result.promotes
@@ -171,6 +172,7 @@ backup.make(Path(sys.argv[1]), Store.from_env(), Path(sys.argv[2]), Path(sys.arg
 """
 
 
+@pytest.mark.soak
 def test_restored_elsewhere_after_a_back_up_that_was_killed_half_way_the_evidence_is_sound(
     turned: Turned, rgw: EmbeddedStore, tmp_path: Path
 ) -> None:
