@@ -147,7 +147,7 @@ class Workspace:
                 raise StageError(
                     f"{self.turn}: another process works on this turn; wait for it, or end it first"
                 ) from None
-            end_marked(self.turn, STOP_GRACE_S, TURN_VARIABLE)
+            end_marked(str(self.root), STOP_GRACE_S, TURN_VARIABLE)
             # Nobody else can be using them now: DVC's own locks in here are leftovers of the dead.
             for name in ("rwlock", "rwlock.lock", "lock"):
                 (self.root / ".dvc" / "tmp" / name).unlink(missing_ok=True)
@@ -253,7 +253,7 @@ class Workspace:
         path = [str(Path(sys.executable).parent), env.get("PATH", os.defpath)]
         python_path = [str(self.root), env.get("PYTHONPATH", "")]
         return env | {
-            TURN_VARIABLE: self.turn,
+            TURN_VARIABLE: str(self.root),  # its name alone may be another deployment's too
             "PATH": os.pathsep.join(path),
             # The workspace's code, not the checkout's, which may change while the turn runs.
             "PYTHONPATH": os.pathsep.join(filter(None, python_path)),

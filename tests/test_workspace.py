@@ -224,11 +224,16 @@ def test_what_a_killed_run_left_behind_is_ended_before_the_next(tmp_path: Path) 
         home=tmp_path, store_url="s3://b", endpoint=None, embedded=False, site="s", robot="r"
     )
     workspace = Workspace("turn-left", deployment)
-    leftover = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)"],
-        env=workspace.environment(),
-        start_new_session=True,
-    )
-    with workspace.lock(), pytest.raises(StageError, match="another process"), workspace.lock():
-        pass
-    assert leftover.wait(10) == -signal.SIGTERM
+    elsewhere = deployment.model_copy(update={"home": tmp_path / "elsewhere"})
+
+    def running(env: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        return subprocess.Popen(command, env=env, start_new_session=True)
+
+    leftover = running(workspace.environment())
+    with running(Workspace("turn-left", elsewhere).environment()) as others:
+        with workspace.lock(), pytest.raises(StageError, match="another process"), workspace.lock():
+            pass
+        assert leftover.wait(10) == -signal.SIGTERM
+        assert others.poll() is None, "a turn of that name of another deployment was ended"
+        others.kill()
