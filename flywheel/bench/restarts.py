@@ -96,6 +96,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     cleared: Counter[tuple[str, str]] = field(default_factory=Counter)  # runs whose failed tasks were cleared
     stop: threading.Event = field(default_factory=threading.Event)
+    harmed: float = 0.0  # share of the planned kills that were tried
     _seen: tuple[str, float] = ("", float("inf"))  # how things stood, and since when
 
     def __post_init__(self) -> None:
@@ -112,11 +113,14 @@ class Run:
     # ── failures ─────────────────────────────────────────────────────────────────────────────────────
 
     def bursts(self) -> None:
-        """Robots fail in bursts and upload what they recorded, however often the store has to be asked."""
+        """Robots fail in bursts, from the first kill to the last, and upload what they recorded, however
+        often the store has to be asked."""
         root = self.home / "spool"
         spool = Spool(root, self.store(), 1 << 34)
         each = -(-self.size.failures // self.size.bursts)
         for burst in range(self.size.bursts):
+            while self.harmed < burst / self.size.bursts:
+                time.sleep(0.5)
             seeds = range(burst * each, min((burst + 1) * each, self.size.failures))
             self.ids += [sound_episode(root / "episodes", 1 + s).name for s in seeds]
             while len(self.uploaded) < len(self.ids):
@@ -127,20 +131,26 @@ class Run:
     # ── harm ─────────────────────────────────────────────────────────────────────────────────────────
 
     def harm(self) -> None:
-        """Every kind as often as planned, in random order."""
+        """Every kind as often as planned, in random order; one that found no victim comes once more."""
         kinds = [k for k in KINDS for _ in range(self.size.kills)]
         self.rng.shuffle(kinds)
-        for kind in kinds:
+        again = []
+        for i, kind in enumerate(kinds, 1):
             time.sleep(float(self.rng.uniform(*self.size.pause_s)))
-            self._harm(str(kind))
+            if not self._harm(kind):
+                again.append(kind)
+            self.harmed = i / len(kinds)
+        for kind in again:
+            self._harm(kind)
 
-    def _harm(self, kind: str) -> None:
+    def _harm(self, kind: str) -> bool:
+        """Whether there was a victim, and it came back."""
         began = time.monotonic()
         if kind in PARTS:
             killed = process.running(self.airflow.run, kind)
             if killed is None:
                 self.notes.append(f"{kind} was not running when it was to be killed")
-                return
+                return False
             os.kill(killed.pid, signal.SIGKILL)
             back = self.wait(lambda: self._runs_anew(kind, killed), BACK_S)
         elif kind == "store":
@@ -152,7 +162,7 @@ class Run:
         elif kind == "store stands still":
             gateway = process.running(self.ceph.run, "radosgw")
             if gateway is None:
-                return
+                return False
             os.kill(gateway.pid, signal.SIGSTOP)
             time.sleep(float(self.rng.uniform(*STILL_S)))
             with suppress(ProcessLookupError):
@@ -166,10 +176,11 @@ class Run:
             back = bool(victims)
         if not back:
             self.notes.append(f"{kind}: not back, or not there, for {time.monotonic() - began:.0f} s")
-            return
+            return False
         self.kills[kind] += 1
         if kind not in ("stage", "task"):
             self.back_s.setdefault(kind, []).append(time.monotonic() - began)
+        return True
 
     def _runs_anew(self, name: str, killed: process.Process) -> bool:
         now = process.running(self.airflow.run, name)

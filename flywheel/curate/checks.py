@@ -38,6 +38,7 @@ from flywheel.errors import ConfigError
 from flywheel.schema import Limit, Manifest, Mode, Outcome, TriggerKind
 
 Floats = NDArray[np.float64]
+Recorded = NDArray[np.float32]  # as the episode holds it: what is long is not made longer
 DEGREES = 180.0 / np.pi
 SATURATED_RUN_S = 0.01  # shorter runs of one value are chance
 AXIS_SHARE = 0.05  # of the squared steps: an axis that goes less is not judged for itself
@@ -87,13 +88,13 @@ class Signals:
 
     manifest: Manifest
     t_ns: NDArray[np.int64]  # [N]
-    q: Floats  # [N, J] rad
-    dq: Floats  # [N, J] rad/s
-    q_ref: Floats  # [N, J] rad
-    tau: Floats  # [N, J] N·m
+    q: Recorded  # [N, J] rad
+    dq: Recorded  # [N, J] rad/s
+    q_ref: Recorded  # [N, J] rad
+    tau: Recorded  # [N, J] N·m
     mode: NDArray[np.uint8]  # [N]
     torque_cut: NDArray[np.bool_]  # [N] System 1 says that a torque was brought down to its limit
-    tool: Floats  # [N] command, 0..1
+    tool: Recorded  # [N] command, 0..1
     held: NDArray[np.bool_]  # [N]
     anchor_ns: NDArray[np.int64]  # [N] capture time behind the chunk in force, where there is one
     chunk_id: NDArray[np.int64]  # [N] -1 where there is none
@@ -109,8 +110,8 @@ class Signals:
         c, f = e.control, e.frames
         t, frame = as_array(c, "t_ns"), as_array(f, "t_ns")
 
-        def joints(name: str) -> Floats:  # each joint's values side by side, as they are used
-            return np.asarray(as_array(c, name), np.float64, order="F")
+        def joints(name: str) -> Recorded:  # each joint's values side by side, as they are used
+            return np.asarray(as_array(c, name), np.float32, order="F")
 
         return cls(
             manifest=e.manifest,
@@ -121,7 +122,7 @@ class Signals:
             tau=joints("tau"),
             mode=as_array(c, "mode"),
             torque_cut=(as_array(c, "limits") & Limit.TORQUE.value) > 0,
-            tool=as_array(c, "tool_cmd").astype(np.float64),
+            tool=as_array(c, "tool_cmd"),
             held=as_array(c, "held") > 0,
             anchor_ns=t - as_array(c, "chunk_age_ns"),
             chunk_id=as_array(c, "chunk_id"),
@@ -135,7 +136,7 @@ class Signals:
     @property
     def frame_q(self) -> Floats:
         """Joints at each frame ``[F, J]``, rad."""
-        return self.q[self.tick]
+        return self.q[self.tick].astype(np.float64)
 
     @property
     def frame_motion(self) -> Floats:
@@ -209,7 +210,8 @@ def _jumps(s: Signals) -> list[Found]:
 def _anchors(s: Signals) -> list[Found]:
     """Frames against chunks: what System 1 followed was made from a picture, and that picture is a row."""
     followed = (s.chunk_id >= 0) & (s.mode != Mode.FALLBACK) & (s.anchor_ns >= s.frame_ns[0])
-    anchors = np.unique(s.anchor_ns[followed])
+    anchors = s.anchor_ns[followed]
+    anchors = np.unique(anchors[np.append(True, anchors[1:] != anchors[:-1])[: len(anchors)]])
     at = np.clip(np.searchsorted(s.frame_ns, anchors), 1, len(s.frame_ns) - 1)
     off = np.minimum(np.abs(anchors - s.frame_ns[at - 1]), np.abs(anchors - s.frame_ns[at]))
     missing = int(np.count_nonzero(off > 1e9 / s.manifest.control_hz))
@@ -237,7 +239,19 @@ def runs(flags: NDArray[np.bool_], shortest: int) -> NDArray[np.int64]:
     return np.column_stack([channel, first, first + edges[:, 1] - edges[:, 0]])
 
 
-def _span(values: Floats, a: int, b: int) -> float:
+def _where_still(values: Recorded, shortest: int) -> tuple[int, int]:
+    """Rows, end exclusive, that hold every run of ``shortest`` equal steps; none of them: ``(0, 0)``.
+
+    Such a run has two rows of every ``shortest // 2``-th, one after the other: only these are looked at.
+    """
+    k = shortest // 2
+    (alike,) = np.nonzero((values[k::k] == values[:-k:k]).any(axis=1))
+    if not len(alike):
+        return 0, 0
+    return max(0, int(alike[0] - 1) * k), min(len(values), int(alike[-1] + 2) * k + 1)
+
+
+def _span(values: Recorded, a: int, b: int) -> float:
     part = values[a : b + 1]
     return float(part.max() - part.min())
 
@@ -250,13 +264,16 @@ def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
     for name, values in (("q", s.q), ("dq", s.dq), ("tau", s.tau)):
         if name == "tau" and not values.any():
             continue  # not measured
-        still = values[1:] == values[:-1]
-        if name == "tau":
-            still &= _torque_free(s)
-        found = runs(still, shortest)
-        if not len(found):
+        first, last = _where_still(values, shortest)
+        if first == last:
             continue
+        still = values[first + 1 : last] == values[first : last - 1]
+        if name == "tau":
+            still &= _torque_free(s)[first : last - 1]
+        found = runs(still, shortest) + np.array([0, first, first])
         span = np.array([_span(s.q_ref[:, j], a, b) for j, a, b in found.tolist()])
+        if not (span > settings.frozen_motion_rad).any():
+            continue
         found, span = found[span > 0], span[span > 0]
         if fault := _saturated(name, values, found, span, hz, settings):
             return fault
@@ -270,7 +287,7 @@ def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
 
 
 def _saturated(
-    name: str, values: Floats, found: NDArray[np.int64], span: Floats, hz: float, settings: CheckSettings
+    name: str, values: Recorded, found: NDArray[np.int64], span: Floats, hz: float, settings: CheckSettings
 ) -> list[Found]:
     at = values[found[:, 1], found[:, 0]]
     ends = (at == values.max(axis=0)[found[:, 0]]) | (at == values.min(axis=0)[found[:, 0]])
@@ -353,15 +370,21 @@ def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
 def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
     """Positions against the integral of velocities (trapezoids), over windows without a gap that overlap by
     half, so that a step is whole in one of them."""
-    dt = np.diff(s.t_ns)[:, None] / 1e9
-    area = np.cumsum((s.dq[1:] + s.dq[:-1]) / 2 * dt, axis=0)
+    dt = np.diff(s.t_ns) / 1e9
+    steps = len(dt)
     w = max(2, round(settings.window_s * s.manifest.control_hz))
-    if len(area) <= w:
+    if steps < w:
         return []
-    gaps = np.cumsum(dt[:, 0] > GAP_PERIODS / s.manifest.control_hz)
-    begin = np.unique(np.append(np.arange(0, len(area) - w, w // 2), len(area) - w - 1))
+    gaps = np.append(0, np.cumsum(dt > GAP_PERIODS / s.manifest.control_hz))
+    begin = np.unique(np.append(np.arange(0, steps - w, w // 2), steps - w))
     begin = begin[gaps[begin + w] == gaps[begin]]
-    went, moved = area[begin + w] - area[begin], s.q[begin + w + 1] - s.q[begin + 1]
+    if not len(begin):
+        return []
+    area = s.dq[1:] + s.dq[:-1]
+    area *= (dt / 2).astype(np.float32)[:, None]
+    edges = np.column_stack([begin, begin + w]).reshape(-1)  # what lies between two windows is not used
+    went = np.add.reduceat(area, edges[:-1] if edges[-1] == steps else edges, axis=0)[::2].astype(np.float64)
+    moved = s.q[begin + w].astype(np.float64) - s.q[begin]
     power = (went**2).sum(axis=0)
     enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4
     ratio = (went * moved).sum(axis=0) / np.maximum(power, 1e-12)
@@ -371,7 +394,7 @@ def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
         text = f"q[{k}] moves {ratio[k]:.4g} times as far as dq[{k}] says"
         return [Found(Fault.UNITS, text)]
     drift = np.abs(moved - went)
-    if drift.size and float(drift.max()) > settings.max_drift_rad:
+    if float(drift.max()) > settings.max_drift_rad:
         at, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
         text = (
             f"q[{joint}] leaves the integral of its velocity by {drift.max():.3g} rad within"

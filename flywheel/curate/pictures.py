@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,10 @@ def _decoded(
     import simplejpeg
 
     data = frames.column(f"image.{camera}").take(pa.array(rows)).to_pylist()
-    images: list[NDArray[np.uint8]] = []
+    images = np.empty((0, 0, 0, 3), np.uint8)
     first = (0, 0)
     least: dict[str, int] = {}
-    for row, picture in zip(rows.tolist(), data, strict=True):
+    for i, (row, picture) in enumerate(zip(rows.tolist(), data, strict=True)):
         try:
             size = height, width = simplejpeg.decode_jpeg_header(picture)[:2]
             if not 0 < max(size) <= MAX_SIDE_PX:
@@ -65,17 +66,21 @@ def _decoded(
                 raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
             if picture.count(SCAN) > MAX_SCANS:
                 raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
-            if not images:
+            if i == 0:
                 first = size
                 if colorspace == "GRAY" and (k := min(8, min(size) // GREY_PX)) > 1:
                     k = 1 << (k.bit_length() - 1)
                     least = {"min_height": -(-height // k), "min_width": -(-width // k)}
-            elif size != first:
+                one = simplejpeg.decode_jpeg(picture, colorspace=colorspace, **least)
+                images = np.empty((len(rows), *one.shape), np.uint8)
+                images[0] = one
+                continue
+            if size != first:
                 raise ValueError(f"is {height}×{width} px, unlike the first one")
-            images.append(simplejpeg.decode_jpeg(picture, colorspace=colorspace, **least))
+            simplejpeg.decode_jpeg(picture, colorspace=colorspace, buffer=images[i], **least)
         except ValueError as e:
             raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
-    return np.stack(images) if images else np.empty((0, 0, 0, 3), np.uint8), first
+    return images, first
 
 
 def grey(images: NDArray[np.uint8]) -> Grey:
@@ -89,6 +94,7 @@ def thumbnails(pictures: Grey) -> Floats:
     return np.asarray(rows @ (pictures @ columns.T) / np.float32(255.0), np.float64)
 
 
+@lru_cache(maxsize=16)
 def _averages(size: int) -> Grey:
     """``[8, size]``: what a row of a picture is multiplied with to average its blocks (see ``blocks``)."""
     return np.asarray(blocks(np.eye(size, dtype=np.float32), THUMBNAIL_PX, 0), np.float32)
@@ -134,9 +140,7 @@ def check_pictures(
     the joints went in between, rad."""
     some = images[:, :: max(1, images.shape[1] // 32), :: max(1, images.shape[2] // 32)]
     flat = some.reshape(len(images), -1)
-    mean = flat.mean(axis=1)
-    flat = flat - mean[:, None]
-    contrast = np.sqrt(np.einsum("ij,ij->i", flat, flat) / flat.shape[1])
+    mean, contrast = flat.mean(axis=1), np.sqrt(_variance(flat))
     even = contrast < settings.min_contrast
     black, white = even & (mean < settings.black_level), even & (mean > settings.white_level)
     for fault, bad, text in ((Fault.BLACK_IMAGE, black, "dark"), (Fault.WHITE_IMAGE, white, "bright")):
@@ -178,6 +182,15 @@ def sharpness(images: Grey) -> Floats:
     g = images[:, : h * k, : w * k]
     if k > 1:
         g = g.reshape(n, h, k, w, k).mean(axis=(2, 4))
-    around = g[:, :-2, 1:-1] + g[:, 2:, 1:-1] + g[:, 1:-1, :-2] + g[:, 1:-1, 2:]
-    lap = around - 4 * g[:, 1:-1, 1:-1]
-    return np.asarray(lap.var(axis=(1, 2)) / np.maximum(g.var(axis=(1, 2)), 1.0), np.float64)
+    lap = g[:, :-2, 1:-1] + g[:, 2:, 1:-1]
+    lap += g[:, 1:-1, :-2]
+    lap += g[:, 1:-1, 2:]
+    lap -= 4 * g[:, 1:-1, 1:-1]
+    return np.asarray(_variance(lap) / np.maximum(_variance(g), 1.0), np.float64)
+
+
+def _variance(pictures: Grey) -> Grey:
+    """Of each picture ``[N, …]``, ``[N]``."""
+    flat = pictures.reshape(len(pictures), -1)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    return np.asarray(np.einsum("ij,ij->i", flat, flat) / flat.shape[1])

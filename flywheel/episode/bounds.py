@@ -23,6 +23,7 @@ FILE_BYTES_MAX = 4 << 30
 WINDOW_NS_MAX = 3600 * 1_000_000_000
 EVENTS_MAX = 100_000
 TEXT_BYTES_MAX = 64 << 20  # all texts of a file together
+FEW_BYTES = 1 << 16  # of one column of one row group: ROW_GROUPS_MAX of them are TEXT_BYTES_MAX
 ROW_GROUPS_MAX = 1024
 _SLACK_ROWS = 1000
 _THRIFT = {
@@ -66,7 +67,7 @@ def too_large(entry: FileEntry, manifest: Manifest) -> str | None:
     return f"{entry.rows} rows, at most {most:.0f} fit its window" if entry.rows > most else None
 
 
-def inflates(file: pq.ParquetFile, entry: FileEntry) -> str | None:
+def inflates(file: pq.ParquetFile, layout: pa.Schema, entry: FileEntry) -> str | None:
     """Why a file could take far more memory than its bytes and rows let expect; None if it cannot.
 
     Of texts only ``read_bounded`` can tell.
@@ -74,19 +75,20 @@ def inflates(file: pq.ParquetFile, entry: FileEntry) -> str | None:
     meta = file.metadata
     if meta.num_row_groups > ROW_GROUPS_MAX:
         return f"{meta.num_row_groups} row groups, at most {ROW_GROUPS_MAX}"
-    fields = [(f.name, f.type, max(_width(f.type), 1)) for f in file.schema.to_arrow_schema()]
     for g in range(meta.num_row_groups):
         group = meta.row_group(g)
-        for i, (name, kind, width) in enumerate(fields):
-            text, picture = pa.types.is_string(kind), pa.types.is_binary(kind)
-            allowed = _TEXT if text else _PLAIN if picture else _FLAT
+        for i, field in enumerate(layout):
+            name, kind = field.name, field.type
+            picture = pa.types.is_binary(kind)
+            values = entry.rows * (int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 1)
+            allowed = _PLAIN if picture else _TEXT if pa.types.is_string(kind) else _FLAT
             column = group.column(i)
-            if strange := set(column.encodings) - allowed:
-                return f"column {name} is encoded as {sorted(strange)[0]}"
-            if column.num_values > entry.rows * width:
+            if not allowed.issuperset(column.encodings):
+                return f"column {name} is encoded as {min(set(column.encodings) - allowed)}"
+            if column.num_values > max(values, entry.rows):
                 return f"column {name} has {column.num_values} values in {entry.rows} rows"
             # What is not compressed cannot inflate; what is, is numbers or text.
-            most = entry.bytes if picture else 64 * entry.rows * width + (16 << 20)
+            most = entry.bytes if picture else 64 * max(values, entry.rows) + (16 << 20)
             if column.total_uncompressed_size > most:
                 return f"column {name} says that it inflates to {column.total_uncompressed_size} bytes"
             if picture and column.compression != "UNCOMPRESSED":
@@ -94,27 +96,31 @@ def inflates(file: pq.ParquetFile, entry: FileEntry) -> str | None:
     return None
 
 
-def read_bounded(file: pq.ParquetFile, texts: Sequence[str]) -> pa.Table | str:
+def read_bounded(file: pq.ParquetFile, layout: pa.Schema, texts: Sequence[str]) -> pa.Table | str:
     """The table, or why its texts are too much. The file was opened with these ``texts``: they are read as
     dictionaries, so that a long one that repeats is held once while we look at it."""
-    schema, total, parts = file.schema.to_arrow_schema(), 0, []
-    at = [schema.get_field_index(n) for n in texts]
+    total, parts = 0, []
+    at = [layout.get_field_index(n) for n in texts]
     for g in range(file.num_row_groups):
         table = file.read_row_group(g, use_threads=False)
-        for i in at:
-            for column in table.column(i).chunks:
-                if pa.types.is_dictionary(column.type):  # what it would take once each row has its text
-                    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
-                    total += pc.sum(lengths.take(column.indices)).as_py() or 0
-                else:
-                    total += column.nbytes
+        total += sum(_text_bytes(column) for i in at for column in table.column(i).chunks)
         if total > TEXT_BYTES_MAX:
             return f"texts of more than {TEXT_BYTES_MAX} bytes"
-        for i in at:
-            table = table.set_column(i, schema.field(i), table.column(i).cast(pa.string()))
+        if at:
+            columns = table.columns
+            for i in at:
+                columns[i] = columns[i].cast(pa.string())
+            table = pa.table(columns, schema=layout)
         parts.append(table)
-    return pa.concat_tables(parts) if parts else schema.empty_table()
+    return pa.concat_tables(parts) if parts else layout.empty_table()
 
 
-def _width(kind: pa.DataType) -> int:
-    return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 1
+def _text_bytes(column: pa.Array) -> int:
+    """What a column of text takes, or would take once each row has its own: exact where that is much."""
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    most = len(column) * int(column.dictionary.nbytes)
+    if most <= FEW_BYTES:
+        return most
+    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+    return pc.sum(lengths.take(column.indices)).as_py() or 0

@@ -32,6 +32,8 @@ from flywheel.episode.sealing import (
 from flywheel.errors import EpisodeError
 from flywheel.schema import FileEntry, Manifest
 
+WHOLE_BYTES_MAX = 32 << 20  # of a file that is read into memory before it is looked at
+
 _FINITE = {
     schema.CONTROL_FILE: ("q", "dq", "q_ref", "tau", "tool_cmd"),
     schema.FRAMES_FILE: ("state", "action", "chunk"),
@@ -140,7 +142,8 @@ def _verify_file(
         if size != entry.bytes:
             text = f"has {size} bytes, the manifest says {entry.bytes}"
             return [Problem(Reason.SHA256, name, text)]
-        digest = schema.sha256_file(path)
+        data = path.read_bytes() if size <= WHOLE_BYTES_MAX else None  # what is hashed is then what is read
+        digest = schema.sha256_file(path) if data is None else schema.sha256_bytes(data)
     except OSError as e:
         return [Problem(Reason.MISSING_FILE, name, f"the manifest lists it, but: {e.strerror}")]
     problems = []
@@ -148,7 +151,7 @@ def _verify_file(
         text = f"sha256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
         problems.append(Problem(Reason.SHA256, name, text))
     try:
-        with path.open("rb") as f:
+        with path.open("rb") if data is None else pa.BufferReader(data) as f:
             words = _TEXTS[name]
             try:
                 file = open_parquet(f, words)
@@ -159,10 +162,11 @@ def _verify_file(
             if rows != entry.rows:
                 text = f"{rows} rows, but the manifest says {entry.rows}"
                 return [*problems, Problem(Reason.ROWS, name, text)]
-            check_schema(name, file.schema.to_arrow_schema(), manifest)
-            if (why := inflates(file, entry)) is not None:
+            layout = file.schema.to_arrow_schema()
+            check_schema(name, layout, manifest)
+            if (why := inflates(file, layout, entry)) is not None:
                 return [*problems, Problem(Reason.TOO_LARGE, name, why)]
-            table = read_bounded(file, words)
+            table = read_bounded(file, layout, words)
             if isinstance(table, str):
                 return [*problems, Problem(Reason.TOO_LARGE, name, table)]
             table.validate(full=True)

@@ -17,7 +17,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -391,10 +390,25 @@ def check_schema(source: str, found: pa.Schema, manifest: Manifest, name: str = 
 def bad_images(frames: pa.Table, cameras: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """Row and camera of each image that does not begin and end as a JPEG does."""
     for camera in cameras:
-        column = frames.column(f"image.{camera}")
-        whole = pc.and_(pc.starts_with(column, b"\xff\xd8"), pc.ends_with(column, b"\xff\xd9"))
-        for row in np.flatnonzero(~np.asarray(pc.fill_null(whole, False).combine_chunks())):
-            yield int(row), camera
+        first = 0
+        for chunk in frames.column(f"image.{camera}").chunks:
+            for row in np.flatnonzero(~_whole_jpegs(chunk)).tolist():
+                yield first + row, camera
+            first += len(chunk)
+
+
+def _whole_jpegs(pictures: pa.BinaryArray) -> npt.NDArray[np.bool_]:
+    """Which begin with SOI and end with EOI (ITU-T T.81, table B.1); a null does not."""
+    _, ends, data = pictures.buffers()
+    if data is None or not len(pictures):
+        return np.zeros(len(pictures), bool)
+    at = np.frombuffer(ends, np.int32)[pictures.offset :][: len(pictures) + 1]
+    found = np.diff(at) >= 4
+    first, last = at[:-1][found], at[1:][found]
+    octets = np.frombuffer(data, np.uint8)
+    marks = octets[first], octets[first + 1], octets[last - 2], octets[last - 1]
+    found[found] = np.logical_and.reduce([m == x for m, x in zip(marks, b"\xff\xd8\xff\xd9", strict=True)])
+    return found & np.asarray(pictures.is_valid()) if pictures.null_count else found
 
 
 def first_line(error: Exception) -> str:

@@ -133,7 +133,8 @@ def thumbnail(store: Store, prefix: str) -> bytes:
     data = store.get(prefix + FRAMES_FILE, entry.sha256)
     _refuse(prefix, entry, too_large(entry, manifest))
     try:
-        _refuse(prefix, entry, inflates(open_parquet(io.BytesIO(data)), entry))
+        file = open_parquet(io.BytesIO(data))
+        _refuse(prefix, entry, inflates(file, file.schema.to_arrow_schema(), entry))
         frames = pq.read_table(io.BytesIO(data), columns=["t_ns", f"image.{camera}"])
         t = as_array(frames, "t_ns")
         failed = manifest.triggers[0].t_ns if manifest.triggers else manifest.window_ns[1]
