@@ -190,8 +190,11 @@ class TrainSettings(Section):
     steps: Count = 600
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
-    replay_fraction: Fraction = 0.5  # share of old data in a batch: earlier turns' and the lab's
-    earlier_share: Fraction = 0.6  # of these, what earlier turns were trained on, where there are any
+    replay_fraction: Fraction = 0.5  # share of old data in a batch where no turn came before: the lab's
+    later_replay_fraction: Fraction = 0.65  # the same where one did: earlier turns' data and the lab's
+    earlier_share: Fraction = 0.75  # of these, what earlier turns were trained on
+    # Share of the weights before in those after, where a turn came before.
+    kept_weights: Annotated[float, Field(ge=0, lt=1)] = 0.3
     earlier_turns: Annotated[int, Field(ge=0, le=100)] = 8  # as many of them, the newest; 0: none
     seed: Seed = 0
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # that share out each batch

@@ -203,11 +203,18 @@ def test_a_policys_record_from_before_there_were_datasets_is_still_read(wheel: W
 # ── shares ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(replay=st.floats(0, 1), share=st.floats(0, 1), earlier=st.integers(0, 4), lab=st.booleans())
+@given(
+    first=st.floats(0, 1),
+    later=st.floats(0, 1),
+    share=st.floats(0, 1),
+    earlier=st.integers(0, 4),
+    lab=st.booleans(),
+)
 def test_pools_have_the_stated_shares_and_nothing_without_a_share_is_loaded(
-    replay: float, share: float, earlier: int, lab: bool
+    first: float, later: float, share: float, earlier: int, lab: bool
 ) -> None:
-    settings = TrainSettings(replay_fraction=replay, earlier_share=share)
+    settings = TrainSettings(replay_fraction=first, later_replay_fraction=later, earlier_share=share)
+    replay = later if earlier else first
     old = [Path(f"old-{i}") for i in range(earlier)]
     found = parts(Path("new"), old, Path("lab") if lab else None, settings)
     weight = {NEW: 0.0, FROM_EARLIER: 0.0, LAB: 0.0}

@@ -1,10 +1,11 @@
 """What is trained on, in stated shares: new data, what earlier turns had, the lab's demonstrations.
 
-    new      1 - replay_fraction
-    earlier  replay_fraction · earlier_share, evenly among the earlier turns
-    lab      replay_fraction · (1 - earlier_share)
+    new      1 - replay
+    earlier  replay · earlier_share, evenly among the earlier turns
+    lab      replay · (1 - earlier_share)
 
-A pool that is not there leaves its share to the other of the two old ones; without either, all is new.
+``replay`` is ``replay_fraction`` in a first turn, ``later_replay_fraction`` in one with earlier ones. A pool
+that is not there leaves its share to the other of the two old ones; without either, all is new.
 Rehearsal of old data in every batch is what keeps old skills at the least cost (Robins 1995, "Catastrophic
 forgetting, rehearsal and pseudorehearsal"; for policies Rolnick et al. 2019, "Experience replay for continual
 learning").
@@ -37,7 +38,9 @@ def parts(
     of_earlier = settings.earlier_share if replay is not None else 1.0
     if not earlier:
         of_earlier = 0.0
-    old = settings.replay_fraction if earlier or replay is not None else 0.0
+    old = 0.0
+    if earlier or replay is not None:
+        old = settings.later_replay_fraction if earlier else settings.replay_fraction
     found = [
         Part(NEW, dataset, 1.0 - old),
         *(Part(EARLIER, e, old * of_earlier / len(earlier)) for e in earlier),

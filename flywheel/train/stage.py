@@ -15,6 +15,7 @@ from flywheel.dataset.yardstick import SOURCES, Yardstick, refuse_kept
 from flywheel.errors import StageError
 from flywheel.schema import sha256_file
 from flywheel.train import ranks
+from flywheel.train.averaging import WEIGHTS, average
 from flywheel.train.loop import Job, Mixed
 from flywheel.train.merging import ADAPTER, merge
 from flywheel.train.pools import Part, parts
@@ -39,7 +40,8 @@ class Pool:
 class TrainResult:
     """``loss``: mean over the last log window. ``pools``: what was trained on, by ``train.pools``.
 
-    ``interventions``: share of the frames in which a person acted; ``resumed``: at which step, 0 if not.
+    ``interventions``: share of the frames in which a person acted; ``kept_weights``: share of the weights
+    before in those after; ``resumed``: at which step, 0 if not.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class TrainResult:
     held_out: int  # episodes kept from the data, none of which was trained on: checked by hash
     seconds: float
     interventions: float = 0.0
+    kept_weights: float = 0.0
     resumed: int = 0
 
 
@@ -69,9 +72,10 @@ def train(
     Old data are ``earlier``, the datasets of earlier turns, and ``replay``, demonstrations of the lab, in the
     shares of ``pools``. ``yardstick`` is what may never be trained on, in any of them.
     ``curve`` is a TSV (step, loss, lr) that DVC plots. Normalisation stays the checkpoint's: it is part of
-    what its weights mean. A run that was ended is gone on with from its last checkpoint
-    (``settings.checkpoint_steps``) by the same call with the same data, policy and settings; what it left of
-    any other run is removed.
+    what its weights mean. With ``earlier`` ones the result lies between the policy before and the one trained
+    (``flywheel.train.averaging``, ``settings.kept_weights``). A run that was ended is gone on with from its
+    last checkpoint (``settings.checkpoint_steps``) by the same call with the same data, policy and settings;
+    what it left of any other run is removed.
 
     Raises:
         BundleError: ``policy`` is no checkpoint.
@@ -105,6 +109,9 @@ def train(
         merge(last, job.start, staging)
     else:
         shutil.copytree(last, staging)
+    kept = settings.kept_weights if earlier else 0.0
+    if kept:
+        average(job.start, staging, kept)
     if (policy / BACKBONE).exists():
         shutil.copytree(policy / BACKBONE, staging / BACKBONE, dirs_exist_ok=True)
     if (policy / SIGNATURE_FILE).exists():
@@ -129,6 +136,7 @@ def train(
         held_out=held_out,
         seconds=time.monotonic() - started,
         interventions=mixed.interventions,
+        kept_weights=kept,
         resumed=resumed,
     )
 
@@ -161,7 +169,7 @@ def _prepare(
 ) -> tuple[Job, list[tuple[int, float, float]], int]:
     """The job, what it has noted, its step: an earlier run's, if that was the same and got so far."""
     mine = json.dumps(
-        [sha256_file(policy / "model.safetensors"), digests, settings.model_dump(mode="json")], sort_keys=True
+        [sha256_file(policy / WEIGHTS), digests, settings.model_dump(mode="json")], sort_keys=True
     )
     job = Job(work / "start", mix, work / "run", settings)
     step = _step(job)
