@@ -149,11 +149,11 @@ def learn(task: Learn) -> dict[str, Any]:
         result = _curate(curated, params, *episodes)
     dataset = curated / DATASET
     _earlier(task, root / "earlier")
-    _flywheel("train", "--policy", task.policy, "--dataset", str(dataset), "--replay", task.replay,
+    stage("train", "--policy", task.policy, "--dataset", str(dataset), "--replay", task.replay,
               "--earlier", str(root / "earlier"), "--yardstick", task.yardstick,
               "--out", str(root / "checkpoint"), "--metrics", str(root / "train.json"),
               "--params", str(params))  # fmt: skip
-    _flywheel("export", "--checkpoint", str(root / "checkpoint"), "--out", str(root / "bundle"),
+    stage("export", "--checkpoint", str(root / "checkpoint"), "--out", str(root / "bundle"),
               "--observations", str(dataset), "--params", str(params))  # fmt: skip
     shutil.rmtree(root / "checkpoint" / "bundle", ignore_errors=True)
     shutil.copytree(root / "bundle", root / "checkpoint" / "bundle")  # laid out as models/base is
@@ -183,7 +183,7 @@ def _gathered(directories: tuple[str, ...], into: Path) -> Path:
 
 
 def _curate(out: Path, params: Path, *arguments: str) -> CurateResult:
-    _flywheel("curate", *arguments, "--out", str(out), "--params", str(params))
+    stage("curate", *arguments, "--out", str(out), "--params", str(params))
     return CurateResult.model_validate_json((out / METRICS).read_bytes())
 
 
@@ -225,13 +225,14 @@ def evaluate(task: Evaluate) -> dict[str, Any]:
 
 def demonstrate(task: Demonstrate) -> dict[str, Any]:
     """The digest of what was written."""
-    _flywheel("replay", "--out", task.out, "--params", task.params)
+    stage("replay", "--out", task.out, "--params", task.params)
     return {"dataset": dataset_digest(Path(task.out))}
 
 
-def _flywheel(*arguments: str) -> None:
+def stage(*arguments: str) -> None:
+    """Run one of the product's commands, which writes to stderr alone; raises ``CalledProcessError``."""
     command = [sys.executable, "-c", "from flywheel.cli import main; main()", *arguments]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
 
 
 TASKS = {
