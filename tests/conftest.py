@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from flywheel.rehearsal.site import Site
 
 # At import, before any library reads its environment; inherited by every process that a test starts.
 for _name in [n for n in os.environ if n.startswith(("AWS_", "FLYWHEEL_", "AIRFLOW_", "DVC_"))]:
@@ -36,3 +42,23 @@ hypothesis.settings.register_profile(
     "flywheel", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("flywheel")
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which processes die, but no machine does: no need to wait for the disk."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A plant with a publisher, robots and two bundles; made once, since its keys take a second."""
+    from flywheel.rehearsal.site import Site
+
+    return Site.make(tmp_path_factory.mktemp("template") / "site")
+
+
+@pytest.fixture
+def site(template: Site, tmp_path: Path) -> Site:
+    """A copy of the template that a test may spoil."""
+    return template.copy(tmp_path / "site")

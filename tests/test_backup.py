@@ -33,23 +33,13 @@ from tests.bucket import BucketStore, Killed
 from tests.checkouts import git, make_checkout
 from tests.deliveries import make_bundle, robot, stable, warm_up
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site.make(tmp_path_factory.mktemp("template") / "site")
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture
-def site(template: Site, tmp_path: Path) -> Site:
-    found = template.copy(tmp_path / "site")
-    found.server.arrived = dict.fromkeys(found.server.objects, datetime.now(UTC))
-    return found
+def site(site: Site) -> Site:
+    site.server.arrived = dict.fromkeys(site.server.objects, datetime.now(UTC))
+    return site
 
 
 def arrive(store: BucketStore, n: int) -> str:

@@ -21,20 +21,7 @@ class Died(BaseException):
     """Nothing may catch it."""
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site.make(tmp_path_factory.mktemp("template") / "site")
-
-
-@pytest.fixture
-def site(template: Site, tmp_path: Path) -> Site:
-    return template.copy(tmp_path / "site")
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def keys(site: Site, role: str) -> tuple[str, ...]:

@@ -10,11 +10,7 @@ from flywheel.rehearsal.fleet import DAY, HOUR, Robot, Simulation
 from flywheel.rehearsal.site import Breach
 from flywheel.schema import RolloutStage
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def test_bad_release_never_leaves_its_cohort_and_is_gone_after_a_poll(tmp_path: Path) -> None:

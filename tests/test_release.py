@@ -22,22 +22,7 @@ from flywheel.schema import Group, bundle_digest
 from tests.bucket import Bucket, BucketStore, Killed
 from tests.deliveries import make_bundle, robot, stable, warm_up
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site.make(tmp_path_factory.mktemp("template") / "site")
-
-
-@pytest.fixture
-def site(template: Site, tmp_path: Path) -> Site:
-    """A copy of the template that a test may spoil."""
-    return template.copy(tmp_path / "site")
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -49,10 +49,7 @@ SETTINGS = RolloutSettings()
 SAME = Tail(n=20, mean=0.0, var=0.01)
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def state(stage: RolloutStage = RolloutStage.SHADOW, **fields: Any) -> RolloutState:

@@ -34,10 +34,7 @@ from tests.deliveries import Clock, failing, make_bundle, robot, stable, warm_up
 RID = "a" * 12 + "-" + "b" * 12
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not: no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 class Fleet:
