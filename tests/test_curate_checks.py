@@ -237,6 +237,15 @@ def test_robot_of_other_joints_is_not_measured_by_these_limits(sound: list[Path]
     assert faults(d, tmp_path, BARS.model_copy(update={"robots": ()})) == []
 
 
+def test_speeds_so_large_that_their_sum_overflows_do_not_pass_for_sound(
+    sound: list[Path], tmp_path: Path
+) -> None:
+    d = draft(sound[0])
+    d.control["dq"][::2, 0], d.control["dq"][1::2, 0] = 3e38, -3e38
+    d.control["dq"][10:20, 0] = 3e38
+    assert faults(d, tmp_path, BARS.model_copy(update={"robots": ()})) == [Fault.UNITS]
+
+
 def test_limits_file_that_is_missing_is_named(sound: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"curate\.checks\.robots: 'none\.yaml'"):
         faults(draft(sound[0]), tmp_path, BARS.model_copy(update={"robots": ("none.yaml",)}))

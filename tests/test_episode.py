@@ -17,11 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from flywheel import schema
+from flywheel.cli import app
 from flywheel.episode import (
     Reason,
     as_array,
+    bounds,
+    checks,
     new_episode_id,
     read,
     read_manifest,
@@ -209,6 +213,20 @@ def test_tables_that_do_not_fit_the_manifest_cannot_be_sealed(tmp_path: Path) ->
 
 
 # ── what verify says ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_file_that_grows_while_it_is_verified(episode: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = episode / schema.FRAMES_FILE
+    bound = bounds.too_large
+
+    def grows(entry: schema.FileEntry, manifest: Manifest) -> str | None:
+        if entry.name == path.name:
+            with path.open("ab") as f:
+                f.write(b"more")
+        return bound(entry, manifest)
+
+    monkeypatch.setattr(checks, "too_large", grows)
+    assert Reason.SHA256 in reasons(episode)
 
 
 @pytest.mark.parametrize("name", schema.EPISODE_FILES)
@@ -480,3 +498,31 @@ def test_show_draws_what_there_is_of_an_empty_or_damaged_recording(tmp_path: Pat
 def test_manifest_without_files_is_only_a_draft() -> None:
     assert isinstance(draft(), Manifest)
     assert draft().prefix.startswith("episodes/site=lab/robot=r1/date=2025-10-09/")
+
+
+# ── repair ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("given_path", ["spool", "spool/episodes"])
+def test_repair_finishes_removes_and_sets_aside_whichever_of_the_two_directories_it_is_given(
+    tmp_path: Path, given_path: str
+) -> None:
+    parent = tmp_path / "spool" / "episodes"
+    parent.mkdir(parents=True)
+    (tmp_path / "spool" / "requests").mkdir()
+    sound, damaged, whole, half = (sealed(parent, seed=s) for s in range(4))
+    (damaged / schema.FRAMES_FILE).write_bytes(b"")
+    whole.rename(parent / f".{whole.name}.partial")
+    half.rename(parent / f".{half.name}.partial")
+    (parent / f".{half.name}.partial" / schema.MANIFEST_FILE).unlink()
+    done = CliRunner().invoke(app, ["episodes", "repair", str(tmp_path / given_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert {(r["episode"], r["what"]) for r in json.loads(done.stdout)} == {
+        (whole.name, "finished"),
+        (f".{half.name}.partial", "removed"),
+        (damaged.name, "set aside"),
+    }
+    assert {p.name for p in parent.iterdir()} == {sound.name, whole.name}
+    assert {p.name for p in (tmp_path / "spool").iterdir()} == {"damaged", "episodes", "requests"}
+    (aside,) = (tmp_path / "spool" / "damaged").iterdir()
+    assert "sha256" in (aside / "why.txt").read_text()

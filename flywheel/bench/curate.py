@@ -311,8 +311,12 @@ def _document(
         "differences_after_kills": (figures["differences_after_kills"], "<=", 0.0),
         "differences_of_two_at_once": (figures["differences_of_two_at_once"], "<=", 0.0),
     }
-    if "success_change_by_poison_high" in figures:
+    if full:
         bars["success_change_by_poison_high"] = (figures["success_change_by_poison_high"], ">=", 0.0)
+        untried = figures["datasets_changed_by_poison"] - figures["datasets_tried"]
+        bars["datasets_changed_but_not_tried"] = (untried, "<=", 0.0)
+    else:
+        bars["datasets_changed_by_poison"] = (figures["datasets_changed_by_poison"], "<=", 0.0)
     if ray:
         bars["differences_on_ray"] = (figures["differences_on_ray"], "<=", 0.0)
     return {

@@ -21,7 +21,7 @@ from flywheel.turn import BASE_POLICY
 SCENES = 100  # of the shift that was recorded; neither training nor a gate draws there
 SEED = 50_000
 CHANGES = ("success_change_by_poison", "success_change_by_poison_low", "success_change_by_poison_high")
-LOOKED_AT = 2  # changed datasets that a policy is trained on: each takes about five minutes
+TRIED = 4  # changed datasets that a policy is trained on, at most: each takes about five minutes
 
 
 @dataclass
@@ -85,12 +85,12 @@ def success(found: Inputs, shift: str, root: Path, checkout: Path) -> dict[str, 
     Stages are the product's commands with the settings of the checkout.
     """
     if not found.changed:
-        return dict.fromkeys(CHANGES, 0.0)
+        return dict.fromkeys((*CHANGES, "datasets_tried"), 0.0)
     params, policy = str(checkout / "params.yaml"), str(checkout / BASE_POLICY)
     replay = root / "replay"
     stage("replay", "--out", str(replay), "--params", params)
     solved: list[list[bool]] = []
-    for k, dataset in enumerate([found.alone, *found.changed[:LOOKED_AT]]):
+    for k, dataset in enumerate([found.alone, *found.changed[:TRIED]]):
         here = root / str(k)
         stage("train", "--policy", policy, "--dataset", str(dataset), "--replay", str(replay),
               "--out", str(here / "checkpoint"), "--params", params)  # fmt: skip
@@ -101,6 +101,7 @@ def success(found: Inputs, shift: str, root: Path, checkout: Path) -> dict[str, 
         solved.append([a.success for a in attempts])
     worst = min((paired_difference(solved[0], s) for s in solved[1:]), key=lambda d: d.diff)
     return {
+        "datasets_tried": float(len(solved) - 1),
         "success_without_poison": sum(solved[0]) / SCENES,
         **dict(zip(CHANGES, (worst.diff, worst.low, worst.high), strict=True)),
     }

@@ -137,20 +137,20 @@ class Run:
         again = []
         for i, kind in enumerate(kinds, 1):
             time.sleep(float(self.rng.uniform(*self.size.pause_s)))
-            if not self._harm(kind):
+            if self._harm(kind) is None:
                 again.append(kind)
             self.harmed = i / len(kinds)
         for kind in again:
             self._harm(kind)
 
-    def _harm(self, kind: str) -> bool:
-        """Whether there was a victim, and it came back."""
+    def _harm(self, kind: str) -> bool | None:
+        """Whether the victim came back; None if there was none."""
         began = time.monotonic()
         if kind in PARTS:
             killed = process.running(self.airflow.run, kind)
             if killed is None:
                 self.notes.append(f"{kind} was not running when it was to be killed")
-                return False
+                return None
             os.kill(killed.pid, signal.SIGKILL)
             back = self.wait(lambda: self._runs_anew(kind, killed), BACK_S)
         elif kind == "store":
@@ -162,7 +162,7 @@ class Run:
         elif kind == "store stands still":
             gateway = process.running(self.ceph.run, "radosgw")
             if gateway is None:
-                return False
+                return None
             os.kill(gateway.pid, signal.SIGSTOP)
             time.sleep(float(self.rng.uniform(*STILL_S)))
             with suppress(ProcessLookupError):
@@ -170,12 +170,15 @@ class Run:
             back = self.wait(self._store_answers, BACK_S)
         else:
             victims = self.wait(lambda: self._stages() if kind == "stage" else self._task(), 60.0)
-            for pid in victims or ():
+            if not victims:
+                self.notes.append(f"{kind}: none ran for {time.monotonic() - began:.0f} s")
+                return None
+            for pid in victims:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            back = bool(victims)
+            back = True
         if not back:
-            self.notes.append(f"{kind}: not back, or not there, for {time.monotonic() - began:.0f} s")
+            self.notes.append(f"{kind}: not back for {time.monotonic() - began:.0f} s")
             return False
         self.kills[kind] += 1
         if kind not in ("stage", "task"):

@@ -119,7 +119,7 @@ def verify(
 
 @app.command()
 def repair(
-    directory: Annotated[Path, typer.Argument(help="Where a recorder sealed: the spool's `episodes`.")],
+    directory: Annotated[Path, typer.Argument(help="A robot's spool, or its `episodes`.")],
     json: Json = False,
 ) -> None:
     """Finish what a crash cut short, remove what it left half-written, and set damaged episodes aside.
@@ -128,7 +128,7 @@ def repair(
     """
     from flywheel import episode
 
-    done = episode.repair(directory)
+    done = episode.repair(inside if (inside := directory / "episodes").is_dir() else directory)
     rows(["episode", "what", "why"], [[r.name, r.what, r.why] for r in done], json)
 
 

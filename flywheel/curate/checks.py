@@ -380,10 +380,17 @@ def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
     begin = begin[gaps[begin + w] == gaps[begin]]
     if not len(begin):
         return []
-    area = s.dq[1:] + s.dq[:-1]
-    area *= (dt / 2).astype(np.float32)[:, None]
-    edges = np.column_stack([begin, begin + w]).reshape(-1)  # what lies between two windows is not used
-    went = np.add.reduceat(area, edges[:-1] if edges[-1] == steps else edges, axis=0)[::2].astype(np.float64)
+    edges: NDArray[np.int64] = (
+        np.append(begin, begin + w).reshape(2, -1).T.reshape(-1)
+    )  # what lies between two is not used
+    if edges[-1] == steps:
+        edges = edges[:-1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        area = s.dq[1:] + s.dq[:-1]
+        area *= (dt / 2).astype(np.float32)[:, None]
+        went = np.add.reduceat(area, edges, axis=0)[::2].astype(np.float64)
+    if not (sound := np.isfinite(went).all(axis=0)).all():
+        return [Found(Fault.UNITS, f"dq[{np.argmin(sound)}] is too large to be a velocity")]
     moved = s.q[begin + w].astype(np.float64) - s.q[begin]
     power = (went**2).sum(axis=0)
     enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4

@@ -169,7 +169,12 @@ def _prepare(
 ) -> tuple[Job, list[tuple[int, float, float]], int]:
     """The job, what it has noted, its step: an earlier run's, if that was the same and got so far."""
     mine = json.dumps(
-        [sha256_file(policy / WEIGHTS), digests, settings.model_dump(mode="json")], sort_keys=True
+        [
+            sha256_file(policy / WEIGHTS),
+            [(p.pool, d) for p, d in zip(mix, digests, strict=True)],
+            settings.model_dump(mode="json"),
+        ],
+        sort_keys=True,
     )
     job = Job(work / "start", mix, work / "run", settings)
     step = _step(job)
