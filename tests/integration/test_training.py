@@ -82,6 +82,25 @@ def test_lora_adapts_every_linear_layer_by_its_rank_and_is_merged(data: Path, tm
     assert not load(tmp_path / "out").policy.config.use_peft
 
 
+# ── turns after others ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_a_turn_after_others_keeps_its_share_of_the_weights_before_and_a_first_turn_none(
+    data: Path, tmp_path: Path, lora_rank: int
+) -> None:
+    old = write_episodes(tmp_path / "old", TWIN, [[False] * 6] * 2, seed=1)
+    settings = QUICK.model_copy(update={"lora_rank": lora_rank, "kept_weights": 0.0})
+    assert train(BASE, data, tmp_path / "all", settings, earlier=[old]).kept_weights == 0.0
+    settings = settings.model_copy(update={"kept_weights": 0.25})
+    assert train(BASE, data, tmp_path / "kept", settings, earlier=[old]).kept_weights == 0.25
+    before, trained, kept = weights(BASE), weights(tmp_path / "all"), weights(tmp_path / "kept")
+    assert any(not np.array_equal(before[k], trained[k]) for k in before)
+    for k in before:
+        np.testing.assert_allclose(kept[k], 0.25 * before[k] + 0.75 * trained[k], atol=1e-6, err_msg=k)
+    assert train(BASE, data, tmp_path / "first", settings).kept_weights == 0.0
+
+
 # ── interventions ─────────────────────────────────────────────────────────────────────────────────────
 
 
