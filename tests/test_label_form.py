@@ -82,7 +82,7 @@ def test_words_come_to_the_episode_of_their_number(store: BucketStore) -> None:
         ({"cause_02": "latency"}, "ann", "the form asks 1 questions"),
         ({"cause_01": ["latency"]}, "ann", "choose one of"),
         ({"cause_01": "latency"}, "", "answers of nobody"),
-        ({"cause_01": "latency", "owner": "root"}, "ann", "owner"),
+        ({"owner": "root"}, "ann", "owner"),
     ],
 )
 def test_input_that_the_form_did_not_ask_for_keeps_nothing(
@@ -93,6 +93,16 @@ def test_input_that_the_form_did_not_ask_for_keeps_nothing(
     with pytest.raises(StageError, match=what):
         form.keep(store, "run-1", given, by, 7)
     assert saying.collect(store).answers == ()
+
+
+def test_a_field_beyond_the_questions_costs_none_of_the_other_answers(store: BucketStore) -> None:
+    ask(store, "turn-a", 1, 2)
+    form.make(store, "run-1", 5)
+    given = {"cause_01": "latency", "phase_02": "grasp", "cause_02": "gremlins", "cause_04": "hardware"}
+    with pytest.raises(StageError, match=r"cause_02.*cause_04.*about 2 episodes are kept"):
+        form.keep(store, "run-1", given, "ann", 7)
+    kept = {a.episode_id: a.words for a in saying.collect(store).answers}
+    assert kept == {ID.format(1): {Aspect.CAUSE: "latency"}, ID.format(2): {Aspect.PHASE: "grasp"}}
 
 
 def test_a_form_that_nobody_filled_in_says_nothing(store: BucketStore) -> None:

@@ -76,27 +76,35 @@ def body(questions: Sequence[Question], page: str = "/fleet") -> str:
 def keep(store: Store, name: str, given: Mapping[str, Any], by: str, t_unix_ns: int) -> list[Answer]:
     """Keep what came back of a form; repeated, it keeps the same once more.
 
-    Raises ``StageError`` for a word that is none of the field's, for a field that the form does not have, and
-    for answers of nobody; then nothing is kept.
+    Raises ``StageError`` for answers of nobody, of which nothing is kept. It also raises for a word that is
+    none of the field's and for a field that the form does not have, once all other answers are kept: a form
+    that was sent cannot be sent again.
     """
     questions = _questions(store, name)
     known = fields(len(questions))
     note = str(given.get(NOTE) or "")
-    said: list[tuple[str, dict[Aspect, str]]] = []
     answered = {k for k, v in given.items() if v not in ("", None)} - {NOTE}
-    for field in sorted(answered):
-        if field not in known:
-            raise StageError(f"{field} = {given[field]!r}: the form asks {len(questions)} questions")
-        if given[field] not in known[field]["enum"]:
-            choice = ", ".join(known[field]["enum"][1:])
-            raise StageError(f"{field} = {given[field]!r}: choose one of {choice}, or nothing")
     if answered and not by:
         raise StageError("answers of nobody: the form has to say who filled it in")
+    refused = {}
+    for field in sorted(answered):
+        if field not in known:
+            refused[field] = f"{field} = {given[field]!r}: the form asks {len(questions)} questions"
+        elif given[field] not in known[field]["enum"]:
+            choice = ", ".join(known[field]["enum"][1:])
+            refused[field] = f"{field} = {given[field]!r}: choose one of {choice}, or nothing"
+    said: list[tuple[str, dict[Aspect, str]]] = []
     for i, q in enumerate(questions, 1):
-        words = {a: str(given[field_name(a, i)]) for a in ASKED if field_name(a, i) in answered}
-        if words:
+        names = {a: field_name(a, i) for a in ASKED}
+        if words := {a: str(given[n]) for a, n in names.items() if n in answered - refused.keys()}:
             said.append((q.episode_id, words))
-    return [answer(store, e, words, by, t_unix_ns, note=note[:2000]) for e, words in said]
+    kept = [answer(store, e, words, by, t_unix_ns, note=note[:2000]) for e, words in said]
+    if refused:
+        raise StageError(
+            f"{'; '.join(refused.values())} (answers about {len(kept)} episodes are kept; give the rest with"
+            " `flywheel label answer`)"
+        )
+    return kept
 
 
 def _questions(store: Store, name: str) -> list[Question]:
