@@ -87,3 +87,24 @@ def test_the_unit_of_a_robot_is_printed(tmp_path: Path) -> None:
     done = flywheel("edge", "unit", "--policy", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f"--policy {tmp_path} " in done.stdout
+
+
+def test_what_a_benchmarks_libraries_and_processes_print_is_not_in_its_document() -> None:
+    code = """
+import subprocess, sys, types
+from flywheel.cli import main
+from flywheel.cli.bench import BENCHES
+
+def noisy(full):
+    print("from a library")
+    subprocess.run(["echo", "from a process"], check=True)
+    return {"bench": "noisy", "bars": {}}
+
+sys.modules["noisy"] = types.SimpleNamespace(noisy=noisy)
+BENCHES["noisy"] = "noisy:noisy"
+sys.argv = ["flywheel", "bench", "noisy", "--json"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(done.stdout) == {"bench": "noisy", "bars": {}}
+    assert {"from a library", "from a process"} <= set(done.stderr.splitlines())

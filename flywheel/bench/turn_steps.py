@@ -230,9 +230,9 @@ def demonstrate(task: Demonstrate) -> dict[str, Any]:
 
 
 def stage(*arguments: str) -> None:
-    """Run one of the product's commands, which writes to stderr alone; raises ``CalledProcessError``."""
+    """Run one of the product's commands; raises ``CalledProcessError``."""
     command = [sys.executable, "-c", "from flywheel.cli import main; main()", *arguments]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
 TASKS = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +63,7 @@ def bench(
     # Ended from outside, a benchmark takes down what it had put up.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with redirect_stdout(sys.stderr):  # libraries print; standard output is the document's
+        with _stdout_for_the_document():
             doc = measure(full, **options)
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -72,3 +74,17 @@ def bench(
         missed = [k for k, b in doc["bars"].items() if not b["ok"]]
         doc = {"load": doc["load"], "bars": bars, "missed": ", ".join(missed) or "none"}
     show(doc, json)
+
+
+@contextmanager
+def _stdout_for_the_document() -> Iterator[None]:
+    """Libraries print, and so do the processes that a benchmark starts: all of it goes to standard error."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
