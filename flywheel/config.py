@@ -187,7 +187,9 @@ class ReplaySettings(Section):
 class TrainSettings(Section):
     """Fine-tuning of the current policy."""
 
-    steps: Count = 600
+    steps: Count = 600  # at least
+    # More steps where new data are so many that each frame of them would be drawn less often; 0: never more.
+    min_epochs: Annotated[float, Field(ge=0, le=10_000)] = 0.0
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of old data in a batch where no turn came before: the lab's

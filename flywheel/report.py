@@ -116,11 +116,13 @@ def _thumbnails(store: Store, prefixes: Sequence[str]) -> list[dict[str, str]]:
     step = max(1, len(prefixes) // THUMBNAILS)
     for prefix in prefixes[::step][:THUMBNAILS]:
         manifest = store.get_json(prefix + MANIFEST_FILE, Manifest)
-        if "scene" not in manifest.cameras:
+        entry = next(f for f in manifest.files if f.name == FRAMES_FILE)
+        if "scene" not in manifest.cameras or not entry.rows:
             continue
-        data = store.get(prefix + FRAMES_FILE)
+        data = store.get(prefix + FRAMES_FILE, entry.sha256)
         frames = pq.read_table(io.BytesIO(data), columns=["t_ns", "image.scene"])
-        at = min(sum(t <= manifest.triggers[0].t_ns for t in frames["t_ns"].to_pylist()), frames.num_rows) - 1
+        failed = manifest.triggers[0].t_ns if manifest.triggers else manifest.window_ns[1]
+        at = sum(t <= failed for t in frames["t_ns"].to_pylist()) - 1
         jpeg = frames["image.scene"][max(at, 0)].as_py()
         task = manifest.task.split(" box")[0].removeprefix("pick the ")
         caption = f"{task}: {manifest.outcome.value.replace('_', ' ')}"

@@ -18,7 +18,7 @@ from flywheel.policies import PolicyRecord
 from flywheel.rehearsal.bucket import BucketStore
 from flywheel.schema import BUNDLE_FILES, digest_of_hashes, sha256_bytes
 from flywheel.train.pools import EARLIER as FROM_EARLIER
-from flywheel.train.pools import LAB, NEW, parts
+from flywheel.train.pools import LAB, NEW, parts, steps
 
 BASE = "b" * 64
 
@@ -233,3 +233,22 @@ def test_pools_have_the_stated_shares_and_nothing_without_a_share_is_loaded(
     each = [p.weight for p in found if p.pool == FROM_EARLIER]
     assert each == pytest.approx([weight[FROM_EARLIER] / max(1, earlier)] * len(each))
     assert [p.root for p in found if p.pool == FROM_EARLIER] == (old if each else [])
+
+
+@given(
+    frames=st.integers(1, 100_000),
+    epochs=st.floats(0, 50),
+    replay=st.floats(0, 0.9),
+    batch=st.integers(1, 256),
+    least=st.integers(1, 5000),
+)
+def test_many_new_frames_are_drawn_as_often_as_few(
+    frames: int, epochs: float, replay: float, batch: int, least: int
+) -> None:
+    settings = TrainSettings(steps=least, batch_size=batch, replay_fraction=replay, min_epochs=epochs)
+    new = parts(Path("new"), [], Path("lab"), settings)[0]
+    found = steps(new, frames, settings)
+    assert found >= least
+    assert found * batch * new.weight >= epochs * frames * (1 - 1e-9)
+    if found > least:
+        assert (found - 1) * batch * new.weight < epochs * frames

@@ -7,7 +7,7 @@ functions only.
 """
 
 from flywheel.dataset.cached import CachedDataset, Stats, mixture
-from flywheel.dataset.frames import Frames, dataset_digest, load_frames
+from flywheel.dataset.frames import Frames, dataset_digest, frames_in, load_frames
 from flywheel.dataset.writing import Clip, Jpegs, write_dataset
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Jpegs",
     "Stats",
     "dataset_digest",
+    "frames_in",
     "load_frames",
     "mixture",
     "write_dataset",

@@ -130,6 +130,11 @@ def load_frames(root: Path | str, keep: Callable[[int], bool] | None = None) -> 
     )
 
 
+def frames_in(root: Path) -> int:
+    """How many frames a dataset says that it has. Raises ``StageError`` if it is none."""
+    return int(_info(root)["total_frames"])
+
+
 def _info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     try:

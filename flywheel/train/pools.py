@@ -13,6 +13,7 @@ learning").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,3 +49,9 @@ def parts(
     if replay is not None:
         found.append(Part(LAB, replay, old * (1.0 - of_earlier)))
     return tuple(p for p in found if p.pool == NEW or p.weight > 0)
+
+
+def steps(new: Part, frames: int, settings: TrainSettings) -> int:
+    """Steps that draw each of ``new``'s ``frames`` ``min_epochs`` times on average; ``steps`` at least."""
+    a_step = settings.batch_size * new.weight
+    return max(settings.steps, math.ceil(settings.min_epochs * frames / a_step)) if a_step else settings.steps

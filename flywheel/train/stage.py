@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flywheel.config import TrainSettings
-from flywheel.dataset import dataset_digest
+from flywheel.dataset import dataset_digest, frames_in
 from flywheel.dataset.yardstick import SOURCES, Yardstick, refuse_kept
 from flywheel.errors import StageError
 from flywheel.schema import sha256_file
@@ -18,7 +18,7 @@ from flywheel.train import ranks
 from flywheel.train.averaging import WEIGHTS, average
 from flywheel.train.loop import Job, Mixed
 from flywheel.train.merging import ADAPTER, merge
-from flywheel.train.pools import Part, parts
+from flywheel.train.pools import Part, parts, steps
 from flywheel.vla import BACKBONE, SIGNATURE_FILE, SMOLVLA, check, localise, working_copy
 
 NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
@@ -88,6 +88,7 @@ def train(
     mix = parts(dataset, earlier, replay, settings)
     held_out = refuse_kept([p.root for p in mix], None if yardstick is None else Yardstick.load(yardstick))
     _require_trainable(policy, check(policy), settings)
+    settings = settings.model_copy(update={"steps": steps(mix[0], frames_in(dataset), settings)})
     digests = [dataset_digest(p.root) for p in mix]
     work = out.with_name(out.name + ".work")
     job, log, resumed = _prepare(work, policy, mix, digests, settings)
