@@ -132,11 +132,15 @@ class World:
         )
 
     def judge(
-        self, out: Path, limits: GateSettings = SETTINGS, scenarios: Sequence[Scenario] = SCENARIOS
+        self,
+        out: Path,
+        limits: GateSettings = SETTINGS,
+        scenarios: Sequence[Scenario] = SCENARIOS,
+        of_current: Sequence[Scenario] = (),
     ) -> GateReport:
         return gate(
-            self.candidate, self.current, out, limits,
-            scenarios=scenarios, evaluate=self.evaluate, run_wall=self.run_wall,
+            self.candidate, self.current, out, limits, scenarios=scenarios, of_current=of_current,
+            evaluate=self.evaluate, run_wall=self.run_wall,
         )  # fmt: skip
 
 
@@ -781,3 +785,22 @@ def test_failures_become_scenarios_once_and_only_if_the_twin_can_replay_them() -
         ]
     )
     assert found == [("factory", 10), ("factory", 30), ("factory", 60)]
+
+
+def test_failures_that_wait_from_before_the_current_policy_do_not_say_where_it_is_judged(
+    world: World, tmp_path: Path
+) -> None:
+    """Else a candidate that does nothing for where the fleet works now is promoted for what is solved."""
+    old = [Scenario("factory", i) for i in range(9)]
+    new = [Scenario("table", i) for i in range(5)]
+    limits = SETTINGS.model_copy(update={"shift": ""})
+
+    def shifts(report: GateReport) -> set[str]:
+        return {c.name for c in report.checks if c.name.startswith("success in ")}
+
+    assert shifts(world.judge(tmp_path / "all", limits, [*old, *new])) == {
+        "success in factory",
+        "success in lab",
+    }
+    found = world.judge(tmp_path / "mine", limits, [*old, *new], of_current=new)
+    assert shifts(found) == {"success in table", "success in lab"}

@@ -158,7 +158,7 @@ def gate(
 ) -> None:
     """Judge a candidate against the current policy: promote, hold or roll back."""
     from flywheel.episode import read_manifest
-    from flywheel.gate import failure_scenarios
+    from flywheel.gate import failure_scenarios, whole_digest
     from flywheel.gate import gate as run
 
     settings = Settings.load(params).gate
@@ -168,6 +168,7 @@ def gate(
             manifests.append(read_manifest(path.parent))
         except EpisodeError:
             continue  # curation has quarantined it by name
+    of = whole_digest(current)
     with Bar("gate") as bar:
         report = run(
             candidate,
@@ -175,6 +176,7 @@ def gate(
             out,
             settings,
             scenarios=failure_scenarios(manifests),
+            of_current=failure_scenarios(m for m in manifests if m.policy_digest == of),
             workers=workers,
             on_progress=lambda what, n, of: bar.to(n, of, what),
         )

@@ -54,6 +54,7 @@ __all__ = [
     "gate",
     "in_shift_of",
     "required_checks",
+    "whole_digest",
 ]
 
 
@@ -94,6 +95,7 @@ def gate(
     settings: GateSettings,
     *,
     scenarios: Sequence[Scenario],
+    of_current: Sequence[Scenario] = (),
     evaluate: Evaluate | None = None,
     run_wall: wall.RunWall | None = None,
     workers: int | None = None,
@@ -101,16 +103,18 @@ def gate(
 ) -> GateReport:
     """Judge ``candidate`` against ``current``; write ``gate.json``, ``.html`` and ``.xml`` to ``out``.
 
-    ``scenarios`` are the failures that led here. ``evaluate`` and ``run_wall`` default to the twin in
-    lockstep and to the edge processes on the wall clock. Reports of an earlier run in ``out`` are removed
-    first, so that a gate which does not end leaves no verdict. Raises ``BundleError`` only if ``current``
-    is unusable, ``ConfigError`` if ``settings`` are; a bad candidate is a verdict, not an error.
+    ``scenarios`` are the failures that led here, ``of_current`` those of them that the current policy ran
+    into: where it fails is where ``settings.shift = ""`` judges, since others wait from before it.
+    ``evaluate`` and ``run_wall`` default to the twin in lockstep and to the edge processes on the wall clock.
+    Reports of an earlier run in ``out`` are removed first, so that a gate which does not end leaves no
+    verdict. Raises ``BundleError`` only if ``current`` is unusable, ``ConfigError`` if ``settings`` are; a
+    bad candidate is a verdict, not an error.
     """
     from flywheel.twin.cell import twin_digest
     from flywheel.twin.parameters import TwinParameters
 
     page.clear(out)
-    settings = in_shift_of(settings, scenarios)
+    settings = in_shift_of(settings, of_current or scenarios)
     if problem := bundle.incomplete(current):
         raise BundleError(f"current policy {current}: {problem}")
     with ExitStack() as stack:
@@ -136,7 +140,7 @@ def _report(
     twin: str,
 ) -> GateReport:
     paths = (current, candidate)
-    digests = _digest(current), _digest(candidate)
+    digests = whole_digest(current), whole_digest(candidate)
     checks = [bundle.check(candidate, current, twin)]
     if checks[0].verdict is Verdict.PROMOTE:
         judge = Judge(paths, digests, settings, evaluate, run_wall, on_progress or (lambda *_: None))
@@ -147,7 +151,7 @@ def _report(
         task.hold(name, "not run: an earlier check had decided") for name in required if name not in done
     ]
     for what, path, digest in zip(("current", "candidate"), paths, digests, strict=True):
-        if _digest(path) != digest:
+        if whole_digest(path) != digest:
             reason = f"stale: the bundle changed during the gate (digest {digest[:12]} before)"
             checks.append(task.hold(f"{what} unchanged", reason))
     verdict, reasons = decide(checks, required)
@@ -160,7 +164,8 @@ def _report(
     )
 
 
-def _digest(path: Path) -> str:
+def whole_digest(path: Path) -> str:
+    """``schema.bundle_digest``; "" where the bundle is not complete."""
     return "" if bundle.incomplete(path) else bundle_digest(path)
 
 
