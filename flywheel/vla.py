@@ -32,7 +32,8 @@ BACKBONE = "vlm"
 SIGNATURE_FILE = "signature.json"
 BACKBONE_FILES = (f"{BACKBONE}/config.json", f"{BACKBONE}/tokenizer.json")
 SMOLVLA, ACT = "smolvla", "act"  # lerobot's names of the policies that are trained and exported here
-NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
+WEIGHTS_FILE = "model.safetensors"
+NEEDED = ("config.json", WEIGHTS_FILE, "policy_preprocessor.json", "policy_postprocessor.json")
 
 
 class Signature(Strict):
@@ -155,7 +156,7 @@ def load(directory: Path) -> Checkpoint:
     policy: Any = get_policy_class(found).from_pretrained(directory, config=config)
     policy.eval()
     # lerobot would run on with random numbers in their place, and so would what is exported from it.
-    with safe_open(directory / "model.safetensors", "pt") as weights:
+    with safe_open(directory / WEIGHTS_FILE, "pt") as weights:
         stored = set(weights.keys())
     if missing := sorted(name for name, _ in policy.named_parameters() if name not in stored):
         raise BundleError(

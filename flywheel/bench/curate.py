@@ -307,6 +307,7 @@ def _document(
     bars = {
         "tables_ratio_bare": (figures["tables_ratio_bare"], ">=", 0.5),
         "pictures_ratio_bare": (figures["pictures_ratio_bare"], ">=", 0.5),
+        "examine_ratio_bare": (figures["examine_ratio_bare"], ">=", 0.5),
         "poison_found_all": (figures["poison_found_all"], ">=", 0.95),
         "differences_after_kills": (figures["differences_after_kills"], "<=", 0.0),
         "differences_of_two_at_once": (figures["differences_of_two_at_once"], "<=", 0.0),

@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flywheel.errors import StageError
-
-WEIGHTS = "model.safetensors"
+from flywheel.vla import WEIGHTS_FILE
 
 
 def average(start: Path, trained: Path, kept: float) -> None:
@@ -24,8 +23,8 @@ def average(start: Path, trained: Path, kept: float) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    found = load_file(trained / WEIGHTS)
-    with safe_open(start / WEIGHTS, "pt") as before:
+    found = load_file(trained / WEIGHTS_FILE)
+    with safe_open(start / WEIGHTS_FILE, "pt") as before:
         if set(before.keys()) != found.keys():
             names = sorted(set(before.keys()) ^ found.keys())[:3]
             raise StageError(f"{trained}: cannot be averaged with {start}: only one of them has {names}")
@@ -38,6 +37,6 @@ def average(start: Path, trained: Path, kept: float) -> None:
                 )
             if value.is_floating_point():
                 found[name] = torch.lerp(value, old.to(value.dtype), kept)
-    part = trained / f"{WEIGHTS}.part"
+    part = trained / f"{WEIGHTS_FILE}.part"
     save_file(found, part, metadata={"format": "pt"})
-    part.replace(trained / WEIGHTS)
+    part.replace(trained / WEIGHTS_FILE)

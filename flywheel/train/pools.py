@@ -39,9 +39,8 @@ def parts(
     of_earlier = settings.earlier_share if replay is not None else 1.0
     if not earlier:
         of_earlier = 0.0
-    old = 0.0
-    if earlier or replay is not None:
-        old = settings.later_replay_fraction if earlier else settings.replay_fraction
+    first = settings.replay_fraction if replay is not None else 0.0
+    old = settings.later_replay_fraction if earlier else first
     found = [
         Part(NEW, dataset, 1.0 - old),
         *(Part(EARLIER, e, old * of_earlier / len(earlier)) for e in earlier),

@@ -15,11 +15,11 @@ from flywheel.dataset.yardstick import SOURCES, Yardstick, refuse_kept
 from flywheel.errors import StageError
 from flywheel.schema import sha256_file
 from flywheel.train import ranks
-from flywheel.train.averaging import WEIGHTS, average
+from flywheel.train.averaging import average
 from flywheel.train.loop import Job, Mixed
 from flywheel.train.merging import ADAPTER, merge
 from flywheel.train.pools import Part, parts, steps
-from flywheel.vla import BACKBONE, SIGNATURE_FILE, SMOLVLA, check, localise, working_copy
+from flywheel.vla import BACKBONE, SIGNATURE_FILE, SMOLVLA, WEIGHTS_FILE, check, localise, working_copy
 
 NOTES, MINE = "notes.jsonl", "job.json"  # in the working directory: the curve so far, and whose it is
 # What the next turn's curation takes up: names of clusters, and what has been held out.
@@ -171,7 +171,7 @@ def _prepare(
     """The job, what it has noted, its step: an earlier run's, if that was the same and got so far."""
     mine = json.dumps(
         [
-            sha256_file(policy / WEIGHTS),
+            sha256_file(policy / WEIGHTS_FILE),
             [(p.pool, d) for p, d in zip(mix, digests, strict=True)],
             settings.model_dump(mode="json"),
         ],
