@@ -193,8 +193,8 @@ class TrainSettings(Section):
     batch_size: Count = 64
     learning_rate: Positive = 3e-4
     replay_fraction: Fraction = 0.5  # share of old data in a batch where no turn came before: the lab's
-    later_replay_fraction: Fraction = 0.65  # the same where one did: earlier turns' data and the lab's
-    earlier_share: Fraction = 0.75  # of these, what earlier turns were trained on
+    later_replay_fraction: Fraction = 0.75  # the same where one did: earlier turns' data and the lab's
+    earlier_share: Fraction = 0.8  # of these, what earlier turns were trained on
     # Share of the weights before in those after, where a turn came before.
     kept_weights: Annotated[float, Field(ge=0, lt=1)] = 0.3
     earlier_turns: Annotated[int, Field(ge=0, le=100)] = 8  # as many of them, the newest; 0: none
