@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag, StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,6 +120,7 @@ class Outcome(StrEnum):
     STOPPED = "stopped"
 
 
+@lru_cache(maxsize=64)
 def control_schema(joints: int) -> pa.Schema:
     """``control.parquet``: one row per System 1 tick; vectors are ``fixed_size_list<float>[joints]``."""
     vec = pa.list_(pa.float32(), joints)
@@ -141,6 +143,7 @@ def control_schema(joints: int) -> pa.Schema:
     )
 
 
+@lru_cache(maxsize=64)
 def frames_schema(cameras: tuple[str, ...], state: int, chunk: int, action: int) -> pa.Schema:
     """``frames.parquet``: one row per System 2 tick.
 

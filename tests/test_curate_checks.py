@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from flywheel import episode
 from flywheel.bench.poison import KINDS, Draft, _open, _seal, poison
 from flywheel.config import CheckSettings, CurateSettings
-from flywheel.curate.checks import Fault, Signals, check_signals, correlation, runs
+from flywheel.curate.checks import Fault, check_signals, correlation, runs
 from flywheel.curate.examine import Candidate, examine
 from flywheel.curate.pictures import check_pictures, check_stuck, sharpness, thumbnails
 from flywheel.curate.repeats import check_together
+from flywheel.curate.signals import Signals
 from flywheel.errors import ConfigError
 from flywheel.schema import Limit, Mode, Outcome
 from tests.attempts import TICKS, attempt

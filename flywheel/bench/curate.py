@@ -32,11 +32,12 @@ from flywheel.bench import poison_effect
 from flywheel.bench.poison import KINDS, Poisoned, poisoned
 from flywheel.config import CurateSettings, Deployment, EdgeSettings, RecorderSettings
 from flywheel.curate import curate as run_stage
-from flywheel.curate.checks import Signals, check_signals
+from flywheel.curate.checks import check_signals
 from flywheel.curate.examine import Candidate, examine
 from flywheel.curate.pictures import decoded
 from flywheel.curate.repeats import check_together
 from flywheel.curate.select import select
+from flywheel.curate.signals import Signals
 from flywheel.dataset import dataset_digest
 from flywheel.edge.bench import machine
 from flywheel.edge.recorder import Identity, Recorder

@@ -2,8 +2,8 @@
 
 ``episode.verify`` has read the files and found them whole; here the columns are held against one another
 and against the robot's limits. Each check has a reason code (``Fault``) and a bar in
-``config.CheckSettings``. All of it is array arithmetic over whole columns; the loops are over joints and over
-the few runs that are suspect.
+``config.CheckSettings``. All of it is arithmetic over whole columns (``flywheel.curate.signals``); the loops
+are over joints and over the few runs that are suspect.
 
 The relations used, and where they come from:
 
@@ -21,26 +21,26 @@ The relations used, and where they come from:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
+from flywheel.curate.columns import integrals, spans
+from flywheel.curate.signals import Floats, Recorded, Signals, Survey
 from flywheel.edge.safety import SafetyLimits
 from flywheel.episode import Episode, as_array, count_gaps
 from flywheel.episode.sealing import GAP_PERIODS
 from flywheel.errors import ConfigError
-from flywheel.schema import Limit, Manifest, Mode, Outcome, TriggerKind
+from flywheel.schema import Mode, Outcome, TriggerKind
 
-Floats = NDArray[np.float64]
-Recorded = NDArray[np.float32]  # as the episode holds it: what is long is not made longer
 DEGREES = 180.0 / np.pi
-SATURATED_RUN_S = 0.01  # shorter runs of one value are chance
 AXIS_SHARE = 0.05  # of the squared steps: an axis that goes less is not judged for itself
 STEPS_MIN = 8  # of one phase, to say how actions explain states
 
@@ -82,68 +82,6 @@ class Found:
         return f"{self.why} [{self.fault}]"
 
 
-@dataclass(frozen=True)
-class Signals:
-    """The columns of an episode as arrays: ``N`` ticks of ``J`` joints, ``F`` frames."""
-
-    manifest: Manifest
-    t_ns: NDArray[np.int64]  # [N]
-    q: Recorded  # [N, J] rad
-    dq: Recorded  # [N, J] rad/s
-    q_ref: Recorded  # [N, J] rad
-    tau: Recorded  # [N, J] N·m
-    mode: NDArray[np.uint8]  # [N]
-    torque_cut: NDArray[np.bool_]  # [N] System 1 says that a torque was brought down to its limit
-    tool: Recorded  # [N] command, 0..1
-    held: NDArray[np.bool_]  # [N]
-    anchor_ns: NDArray[np.int64]  # [N] capture time behind the chunk in force, where there is one
-    chunk_id: NDArray[np.int64]  # [N] -1 where there is none
-    frame_ns: NDArray[np.int64]  # [F]
-    tick: NDArray[np.int64]  # [F] the control row of each frame
-    state: Floats  # [F, S]
-    action: Floats  # [F, A]
-    operator: NDArray[np.bool_]  # [F]
-
-    @classmethod
-    def of(cls, e: Episode) -> Signals:
-        """From the tables of a verified episode."""
-        c, f = e.control, e.frames
-        t, frame = as_array(c, "t_ns"), as_array(f, "t_ns")
-
-        def joints(name: str) -> Recorded:  # each joint's values side by side, as they are used
-            return np.asarray(as_array(c, name), np.float32, order="F")
-
-        return cls(
-            manifest=e.manifest,
-            t_ns=t,
-            q=joints("q"),
-            dq=joints("dq"),
-            q_ref=joints("q_ref"),
-            tau=joints("tau"),
-            mode=as_array(c, "mode"),
-            torque_cut=(as_array(c, "limits") & Limit.TORQUE.value) > 0,
-            tool=as_array(c, "tool_cmd"),
-            held=as_array(c, "held") > 0,
-            anchor_ns=t - as_array(c, "chunk_age_ns"),
-            chunk_id=as_array(c, "chunk_id"),
-            frame_ns=frame,
-            tick=np.clip(np.searchsorted(t, frame), 0, max(len(t) - 1, 0)),
-            state=as_array(f, "state").astype(np.float64),
-            action=as_array(f, "action").astype(np.float64),
-            operator=as_array(f, "intervention").astype(bool),
-        )
-
-    @property
-    def frame_q(self) -> Floats:
-        """Joints at each frame ``[F, J]``, rad."""
-        return self.q[self.tick].astype(np.float64)
-
-    @property
-    def frame_motion(self) -> Floats:
-        """How far the joints went from each frame to the next ``[F-1]``, rad (Euclidean)."""
-        return np.asarray(np.linalg.norm(np.diff(self.frame_q, axis=0), axis=1))
-
-
 def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
     """Every fault that the tables show, the ones that explain others first."""
     if len(s.frame_ns) and not len(s.t_ns):
@@ -157,7 +95,7 @@ def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found
         found += _state_and_joints(s, settings)
     if not found:
         found += _actions(s, settings)
-    return [*found, *_policies(e), *_intervention(e, s), *_outcome(e, s, settings)]
+    return [*found, *_policies(e), *_intervention(e, s), *_outcome(s, settings)]
 
 
 # ── time ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,9 +104,13 @@ def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found
 def _clocks(e: Episode, s: Signals) -> list[Found]:
     m = s.manifest
     found = []
-    for name, t, hz in (("control", s.t_ns, m.control_hz), ("frames", s.frame_ns, m.policy_hz)):
-        ratio = float(np.median(np.diff(t))) * hz / 1e9
-        if not 1 / GAP_PERIODS < ratio < GAP_PERIODS:
+    for name, step, hz in (
+        ("control", s.step_ns, m.control_hz),
+        ("frames", np.diff(s.frame_ns), m.policy_hz),
+    ):
+        period = 1e9 / hz
+        if (usual := median_beyond(step, int(period / GAP_PERIODS), int(period * GAP_PERIODS))) is not None:
+            ratio = usual / period
             text = f"{name}: t_ns steps by {ratio:.4g} of a period at {hz:g} Hz; is it in ns?"
             found.append(Found(Fault.UNITS, text))
     gaps = count_gaps(e.control, m.control_hz) + count_gaps(e.frames, m.policy_hz)
@@ -182,25 +124,24 @@ def _clocks(e: Episode, s: Signals) -> list[Found]:
 def _jumps(s: Signals) -> list[Found]:
     """Time that passed on the clock alone: across the gap the arm, or the chunk in force, goes on as if
     nothing had been left out."""
-    period = 1.0 / s.manifest.control_hz
-    dt = np.diff(s.t_ns) / 1e9
-    (gap,) = np.nonzero(dt > GAP_PERIODS * period)
+    period, gap = 1.0 / s.manifest.control_hz, s.gap
     if len(gap):
+        dt = s.step_ns[gap] / 1e9
         moved = s.q[gap + 1] - s.q[gap]
         speed = (s.dq[gap] + s.dq[gap + 1]) / 2
-        should = np.abs(speed).max(axis=1) * dt[gap]
+        should = np.abs(speed).max(axis=1) * dt
         off = np.abs(moved - speed * period).max(axis=1)
         jumped = (should > 0.05) & (off < 0.2 * should)
         if jumped.any():
-            k = int(gap[np.argmax(jumped)])
-            text = (
-                f"row {k + 1}: {dt[k]:.3g} s later the arm is where it was going to be after {period:.3g} s"
-            )
+            k = int(np.argmax(jumped))
+            text = f"row {gap[k] + 1}: {dt[k]:.3g} s later the arm is where it was going to be"
+            text += f" after {period:.3g} s"
             return [Found(Fault.CLOCK_JUMP, text)]
-    same = (s.chunk_id[1:] == s.chunk_id[:-1]) & (s.chunk_id[1:] >= 0)
-    slipped = same & (np.abs(np.diff(s.anchor_ns)) > 1e9 * period)
-    if slipped.any():
-        k = int(np.argmax(slipped)) + 1
+    last = s.new_anchor[1:] - 1  # before each change
+    far = np.abs(s.anchor_ns[last + 1] - s.anchor_ns[last]) > 1e9 * period
+    slipped = last[far & (s.chunk_id[last + 1] == s.chunk_id[last]) & (s.chunk_id[last] >= 0)]
+    if len(slipped):
+        k = int(slipped[0]) + 1
         by = (s.anchor_ns[k] - s.anchor_ns[k - 1]) / 1e6
         text = f"row {k}: chunk {s.chunk_id[k]} moved by {by:.1f} ms while it was in force"
         return [Found(Fault.CLOCK_JUMP, text)]
@@ -210,8 +151,7 @@ def _jumps(s: Signals) -> list[Found]:
 def _anchors(s: Signals) -> list[Found]:
     """Frames against chunks: what System 1 followed was made from a picture, and that picture is a row."""
     followed = (s.chunk_id >= 0) & (s.mode != Mode.FALLBACK) & (s.anchor_ns >= s.frame_ns[0])
-    anchors = s.anchor_ns[followed]
-    anchors = np.unique(anchors[np.append(True, anchors[1:] != anchors[:-1])[: len(anchors)]])
+    anchors = np.unique(s.anchor_ns[s.new_anchor[np.logical_or.reduceat(followed, s.new_anchor)]])
     at = np.clip(np.searchsorted(s.frame_ns, anchors), 1, len(s.frame_ns) - 1)
     off = np.minimum(np.abs(anchors - s.frame_ns[at - 1]), np.abs(anchors - s.frame_ns[at]))
     missing = int(np.count_nonzero(off > 1e9 / s.manifest.control_hz))
@@ -239,43 +179,19 @@ def runs(flags: NDArray[np.bool_], shortest: int) -> NDArray[np.int64]:
     return np.column_stack([channel, first, first + edges[:, 1] - edges[:, 0]])
 
 
-def _where_still(values: Recorded, shortest: int) -> tuple[int, int]:
-    """Rows, end exclusive, that hold every run of ``shortest`` equal steps; none of them: ``(0, 0)``.
-
-    Such a run has two rows of every ``shortest // 2``-th, one after the other: only these are looked at.
-    """
-    k = shortest // 2
-    (alike,) = np.nonzero((values[k::k] == values[:-k:k]).any(axis=1))
-    if not len(alike):
-        return 0, 0
-    return max(0, int(alike[0] - 1) * k), min(len(values), int(alike[-1] + 2) * k + 1)
-
-
-def _span(values: Recorded, a: int, b: int) -> float:
-    part = values[a : b + 1]
-    return float(part.max() - part.min())
-
-
 def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
     """A signal that keeps one value, to the last bit, while the joint is told to move: once for long
     (frozen), or again and again at its own extreme (saturated)."""
     hz = s.manifest.control_hz
-    shortest = max(2, round(SATURATED_RUN_S * hz))
-    for name, values in (("q", s.q), ("dq", s.dq), ("tau", s.tau)):
-        if name == "tau" and not values.any():
-            continue  # not measured
-        first, last = _where_still(values, shortest)
-        if first == last:
-            continue
-        still = values[first + 1 : last] == values[first : last - 1]
-        if name == "tau":
-            still &= _torque_free(s)[first : last - 1]
-        found = runs(still, shortest) + np.array([0, first, first])
-        span = np.array([_span(s.q_ref[:, j], a, b) for j, a, b in found.tolist()])
+    for name, survey in s.joints.items():
+        if not len(survey.still) or (name == "tau" and not (survey.low.any() or survey.high.any())):
+            continue  # torques that are all 0 were not measured
+        found = survey.still
+        span = spans(s.q_ref, found)
         if not (span > settings.frozen_motion_rad).any():
             continue
         found, span = found[span > 0], span[span > 0]
-        if fault := _saturated(name, values, found, span, hz, settings):
+        if fault := _saturated(name, getattr(s, name), survey._replace(still=found), span, hz, settings):
             return fault
         long = (found[:, 2] - found[:, 1] >= settings.frozen_s * hz) & (span > settings.frozen_motion_rad)
         if long.any():
@@ -287,10 +203,11 @@ def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
 
 
 def _saturated(
-    name: str, values: Recorded, found: NDArray[np.int64], span: Floats, hz: float, settings: CheckSettings
+    name: str, values: Recorded, survey: Survey, span: Floats, hz: float, settings: CheckSettings
 ) -> list[Found]:
+    low, high, found = survey
     at = values[found[:, 1], found[:, 0]]
-    ends = (at == values.max(axis=0)[found[:, 0]]) | (at == values.min(axis=0)[found[:, 0]])
+    ends = (at == low[found[:, 0]]) | (at == high[found[:, 0]])
     for joint in np.unique(found[ends, 0]).tolist():
         mine = ends & (found[:, 0] == joint)
         seconds = float((found[mine, 2] - found[mine, 1]).sum()) / hz
@@ -300,9 +217,8 @@ def _saturated(
             and seconds > settings.saturated_s
             and span[mine].max() > settings.frozen_motion_rad
         ):
-            low, high = values[:, joint].min(), values[:, joint].max()
-            text = f"{name}[{joint}] is cut off at {low:.4g} or {high:.4g} for {seconds:.2f} s in all"
-            return [Found(Fault.SATURATED, text)]
+            text = f"{name}[{joint}] is cut off at {low[joint]:.4g} or {high[joint]:.4g}"
+            return [Found(Fault.SATURATED, f"{text} for {seconds:.2f} s in all")]
     return []
 
 
@@ -311,16 +227,13 @@ def _frozen_state(s: Signals, settings: CheckSettings) -> list[Found]:
     if not pose.shape[1]:
         return []
     still = (pose[1:] == pose[:-1]).all(axis=1, keepdims=True)
+    if s.frame_motion[still[:, 0]].sum() <= settings.min_motion_rad:
+        return []  # no part of it goes further
     for _, a, b in runs(still, 3).tolist():
         if (moved := float(s.frame_motion[a:b].sum())) > settings.min_motion_rad:
             text = f"state stands still for {b - a + 1} frames while the joints go {moved:.2f} rad"
             return [Found(Fault.FROZEN, text)]
     return []
-
-
-def _torque_free(s: Signals) -> NDArray[np.bool_]:
-    """``[N-1, 1]``: rows in which the torque may vary: the robot has power and is not at its limit."""
-    return ((s.mode[1:] < Mode.STOP_1) & ~s.torque_cut[1:])[:, None]
 
 
 @lru_cache(maxsize=16)
@@ -339,8 +252,9 @@ def _limits(s: Signals, settings: CheckSettings) -> list[Found]:
     if not objections or None in objections:
         return []
     first = next(x for x in objections if x is not None)
-    reach = float(np.abs(s.q).max())
-    if reach > 2 * np.pi and float(np.ptp(s.q, axis=0).max()) > settings.min_motion_rad * DEGREES / 4:
+    least, greatest, _ = s.joints["q"]
+    reach = float(max(-least.min(), greatest.max()))
+    if reach > 2 * np.pi and float((greatest - least).max()) > settings.min_motion_rad * DEGREES / 4:
         return [
             Found(Fault.UNITS, f"{first}; {reach:.4g} would be {reach / DEGREES:.3g} rad if it were degrees")
         ]
@@ -352,12 +266,10 @@ def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
     lower, upper = np.array(x.position.lower) - slack, np.array(x.position.upper) + slack
     speed = np.array(x.velocity.max) * x.velocity.overspeed
     torque = np.array(x.torque.max) * 1.01
-    for name, values, low, high in (
-        ("q", s.q, lower, upper),
-        ("dq", s.dq, -speed, speed),
-        ("tau", s.tau, -torque, torque),
-    ):
-        if (values.min(axis=0) < low).any() or (values.max(axis=0) > high).any():
+    for name, low, high in (("q", lower, upper), ("dq", -speed, speed), ("tau", -torque, torque)):
+        least, greatest, _ = s.joints[name]
+        if (least < low).any() or (greatest > high).any():
+            values: Recorded = getattr(s, name)
             bad = (values < low) | (values > high)
             row, joint = np.unravel_index(int(np.argmax(bad)), bad.shape)
             return (
@@ -370,27 +282,16 @@ def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
 def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
     """Positions against the integral of velocities (trapezoids), over windows without a gap that overlap by
     half, so that a step is whole in one of them."""
-    dt = np.diff(s.t_ns) / 1e9
-    steps = len(dt)
+    steps = len(s.step_ns)
     w = max(2, round(settings.window_s * s.manifest.control_hz))
     if steps < w:
         return []
-    gaps = np.append(0, np.cumsum(dt > GAP_PERIODS / s.manifest.control_hz))
-    begin = np.unique(np.append(np.arange(0, steps - w, w // 2), steps - w))
-    begin = begin[gaps[begin + w] == gaps[begin]]
+    begin = np.append(np.arange(0, steps - w, w // 2), steps - w)
+    if len(s.gap):
+        begin = begin[np.searchsorted(s.gap, begin) == np.searchsorted(s.gap, begin + w)]
     if not len(begin):
         return []
-    edges: NDArray[np.int64] = (
-        np.append(begin, begin + w).reshape(2, -1).T.reshape(-1)
-    )  # what lies between two is not used
-    if edges[-1] == steps:
-        edges = edges[:-1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        area = s.dq[1:] + s.dq[:-1]
-        area *= (dt / 2).astype(np.float32)[:, None]
-        went = np.add.reduceat(area, edges, axis=0)[::2].astype(np.float64)
-    if not (sound := np.isfinite(went).all(axis=0)).all():
-        return [Found(Fault.UNITS, f"dq[{np.argmin(sound)}] is too large to be a velocity")]
+    went = integrals(s.t_ns, s.dq, begin, w)
     moved = s.q[begin + w].astype(np.float64) - s.q[begin]
     power = (went**2).sum(axis=0)
     enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4
@@ -435,6 +336,15 @@ def _state_and_joints(s: Signals, settings: CheckSettings) -> list[Found]:
     return []
 
 
+def median_beyond(values: NDArray[Any], low: float, high: float) -> float | None:
+    """The median if it does not lie between the two; None if it does, which takes no sorting."""
+    inside = np.count_nonzero((values > low) & (values < high))
+    if 2 * inside > len(values):
+        return None
+    median = float(np.median(values))
+    return None if low < median < high else median
+
+
 def variation(a: Floats) -> float:
     """Deviation over mean; 0 where nothing moves."""
     return float(a.std() / a.mean()) if a.mean() > 0 else 0.0
@@ -465,24 +375,22 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
         rows = np.flatnonzero(flow[1:] & flow[:-1]) + 1
         if len(rows) < STEPS_MIN:
             continue
-        step = pose[rows + 1] - pose[rows]
-        far = float(np.median(np.linalg.norm(target[rows] - pose[rows], axis=1)))
-        if far > 10 * settings.max_action_error:
+        here = pose[rows]
+        step, told, before = pose[rows + 1] - here, target[rows] - here, target[rows - 1] - here
+        if far := median_beyond(_length(told), -1.0, 10 * settings.max_action_error):
             return [
                 Found(Fault.UNITS, f"{who} actions lie {far:.3g} from the states; are they in the same unit?")
             ]
-        if s.operator is mine and (fault := _strays(target[rows] - pose[rows], step, settings)):
+        if s.operator is mine and (fault := _strays(told, step, settings)):
             return fault
-        commands = np.stack([target[rows] - pose[rows], target[rows - 1] - pose[rows]], axis=-1)
-        if np.linalg.norm(step, axis=1).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
+        if _length(step).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
             continue
-        a, b = commands.reshape(-1, 2), step.reshape(-1)
-        gain, *_ = np.linalg.lstsq(a, b, rcond=None)
-        rest = (b - a @ gain).reshape(step.shape)
+        rest = _unexplained(step, told, before)
         r2 = 1.0 - float((rest**2).sum() / max(float((step**2).sum()), 1e-12))
-        worst = int(np.argmax(np.linalg.norm(rest, axis=1)))
-        size = float(np.linalg.norm(rest[worst]))
-        toward = float((a[:, 0] * b).sum())  # a step goes to where it is told, not away from it
+        off = _length(rest)
+        worst = int(np.argmax(off))
+        size = float(off[worst])
+        toward = float((told * step).sum())  # a step goes to where it is told, not away from it
         if r2 < least or toward <= 0:
             text = f"{who} actions do not explain the states that follow: R² {r2:.2f}"
             return [Found(Fault.ACTION_STATE, text)]
@@ -490,6 +398,20 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
             text = f"the step after frame {rows[worst]} is {size:.3g} off {who} action"
             return [Found(Fault.ACTION_STATE, text)]
     return []
+
+
+def _length(vectors: Floats) -> Floats:
+    return np.asarray(np.sqrt((vectors * vectors).sum(axis=1)))
+
+
+def _unexplained(step: Floats, told: Floats, before: Floats) -> Floats:
+    """What is left of the steps ``[K, D]`` after least squares on this command and on the last one."""
+    aa, ab, bb = float((told * told).sum()), float((told * before).sum()), float((before * before).sum())
+    ay, by = float((told * step).sum()), float((before * step).sum())
+    det = aa * bb - ab * ab
+    if det <= 1e-12 * aa * bb:  # one is a multiple of the other
+        return step - told * (ay / aa if aa > 0 else 0.0)
+    return np.asarray(step - told * ((ay * bb - by * ab) / det) - before * ((by * aa - ay * ab) / det))
 
 
 def _strays(told: Floats, step: Floats, settings: CheckSettings) -> list[Found]:
@@ -532,7 +454,7 @@ def _intervention(e: Episode, s: Signals) -> list[Found]:
     infer = as_array(e.frames, "infer_ns") > 0
     if (both := int((infer & s.operator).sum())) > 0:
         return [Found(Fault.INTERVENTION, f"{both} frames of the operator took time to infer")]
-    rows = [r for r in e.events.to_pylist() if r["kind"] == "intervention" and r["name"] in ("on", "off")]
+    rows = [r for r in s.events if r["kind"] == "intervention" and r["name"] in ("on", "off")]
     if not rows:
         return []
     # Between two events who is in control is what the first of them said; before the first one, the other.
@@ -545,11 +467,11 @@ def _intervention(e: Episode, s: Signals) -> list[Found]:
     return [Found(Fault.INTERVENTION, text)]
 
 
-def _outcome(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
+def _outcome(s: Signals, settings: CheckSettings) -> list[Found]:
     """What the manifest says of the end, against the events, the triggers and the tool."""
-    m = e.manifest
+    m = s.manifest
     for by, told in (("policy", m.outcome), ("operator", m.operator_outcome)):
-        seen = ended(e.events, by)
+        seen = ended(s.events, by)
         if told is not None and seen is not None and told is not seen:
             return [Found(Fault.OUTCOME, f"{by}: {told.value} in the manifest, {seen.value} in the events")]
     failed = {TriggerKind.TASK_TIMEOUT, TriggerKind.WRONG_OBJECT, TriggerKind.DROPPED_OBJECT}
@@ -560,7 +482,7 @@ def _outcome(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
     )
     if not success or not settings.success_lets_go:
         return []
-    release = last_release(s)
+    release = s.last_release
     if not s.held.any():
         return [Found(Fault.OUTCOME, "success, but nothing was ever held")]
     if release is None or s.held[-1]:
@@ -571,15 +493,9 @@ def _outcome(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
     return []
 
 
-def last_release(s: Signals) -> int | None:
-    """The row in which something held was held no more, the last time; None if there is none."""
-    rows = np.flatnonzero(s.held[:-1] & ~s.held[1:]) + 1
-    return int(rows[-1]) if len(rows) else None
-
-
-def ended(events: pa.Table, by: str) -> Outcome | None:
+def ended(events: Sequence[Mapping[str, Any]], by: str) -> Outcome | None:
     """How the last attempt that ``by`` ("policy" or "operator") ended came out by the events."""
-    for row in reversed(events.to_pylist()):
+    for row in reversed(events):
         if (row["kind"], row["name"]) != ("task", "end"):
             continue
         try:

@@ -15,9 +15,18 @@ from numpy.typing import NDArray
 
 from flywheel import episode
 from flywheel.config import CurateSettings
-from flywheel.curate.checks import Found, Signals, check_signals
-from flywheel.curate.pictures import check_pictures, check_stuck, decoded, decoded_grey, thumbnails
+from flywheel.curate.checks import Found, check_signals
+from flywheel.curate.pictures import (
+    Grey,
+    check_pictures,
+    check_stuck,
+    decoded,
+    decoded_grey,
+    evenly,
+    thumbnails,
+)
 from flywheel.curate.repeats import Fingerprint
+from flywheel.curate.signals import Signals
 from flywheel.dataset.yardstick import stretch_sha256
 from flywheel.episode import Episode
 from flywheel.errors import EpisodeError
@@ -136,29 +145,27 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
         )
         return
     rows = np.concatenate([np.arange(a, b) for a, b in c.stretches])
-    seen = {x: decoded_grey(table, x, rows) for x in settings.cameras}
+    failed = _failed_ns(s)
+    at_failure = max(0, int(np.searchsorted(s.frame_ns, failed, side="right")) - 1)
+    seen: dict[str, Grey] = {}
+    for x in settings.cameras:
+        images, c.view_shapes[x] = decoded_grey(table, x, np.append(rows, at_failure))
+        seen[x] = images[:-1]
     motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
-    small = {x: thumbnails(images) for x, (images, _) in seen.items()}
-    faults = [
-        f for x, (i, _) in seen.items() for f in check_pictures(i, small[x], x, motion, settings.checks)
-    ]
+    small = {x: thumbnails(images) for x, images in seen.items()}
+    faults = [f for x, i in seen.items() for f in check_pictures(i, small[x], x, motion, settings.checks)]
     if _quarantined(c, faults):
         return
     c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
     first = settings.cameras[0]
     c.look = _resampled(small[first], DESCRIPTOR_IMAGES)
-    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *(shape for _, shape in seen.values()))
+    c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *c.view_shapes.values())
     c.mark = Fingerprint.of(s, rows, lambda some: decoded(table, first, some), small[first], settings.checks)
     c.stretch_sha256 = tuple(stretch_sha256(s.state[a:b], s.action[a:b]) for a, b in c.stretches)
-    failed = _failed_ns(s)
     c.phase = _phase(s, failed)
-    at_failure = np.array([max(0, int(np.searchsorted(s.frame_ns, failed, side="right")) - 1)])
-    at = np.concatenate([at_failure, _resampled(rows, DESCRIPTOR_IMAGES)])
+    at = np.append(at_failure, _resampled(rows, DESCRIPTOR_IMAGES))
     c.view_states = s.state[at].astype(np.float32)
     for x in settings.cameras:
-        c.view_shapes[x] = decoded(table, x, at_failure).shape[1:]
-        if c.view_shapes[x] != seen[x][1]:
-            raise EpisodeError(f"image.{x} in row {at_failure[0]}: is {c.view_shapes[x]}, unlike the others")
         c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
 
 
@@ -236,4 +243,4 @@ def pictures(views: Mapping[str, Sequence[bytes]]) -> dict[str, NDArray[np.uint8
 
 def _resampled(values: NDArray[Any], steps: int) -> NDArray[Any]:
     """``steps`` rows of ``values``, evenly spread, the first and the last included."""
-    return np.asarray(values[np.linspace(0, len(values) - 1, steps).round().astype(int)])
+    return np.asarray(values[evenly(len(values), steps)])

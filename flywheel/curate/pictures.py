@@ -10,14 +10,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
-from flywheel.curate.checks import STEPS_MIN, Fault, Floats, Found, variation
+from flywheel.curate import columns
+from flywheel.curate.checks import STEPS_MIN, Fault, Found, variation
+from flywheel.curate.signals import Floats
+from flywheel.episode import in_one
 from flywheel.errors import EpisodeError
 
 MAX_SIDE_PX = 4096  # a JPEG that claims more is an attack on memory
@@ -53,19 +55,22 @@ def _decoded(
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     import simplejpeg
 
-    data = frames.column(f"image.{camera}").take(pa.array(rows)).to_pylist()
+    column = in_one(frames, f"image.{camera}")
+    data = [column[row].as_py() for row in rows.tolist()]
     images = np.empty((0, 0, 0, 3), np.uint8)
     first = (0, 0)
     least: dict[str, int] = {}
     for i, (row, picture) in enumerate(zip(rows.tolist(), data, strict=True)):
         try:
+            if picture.count(SCAN) > MAX_SCANS:
+                raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
+            if i and not least and _fits(picture, colorspace, images[i]):
+                continue
             size = height, width = simplejpeg.decode_jpeg_header(picture)[:2]
             if not 0 < max(size) <= MAX_SIDE_PX:
                 raise ValueError(f"claims {height}×{width} px")
             if len(rows) * height * width * 3 > MAX_PIXEL_BYTES:
                 raise ValueError(f"{len(rows)} pictures of {height}×{width} px are too many to decode")
-            if picture.count(SCAN) > MAX_SCANS:
-                raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
             if i == 0:
                 first = size
                 if colorspace == "GRAY" and (k := min(8, min(size) // GREY_PX)) > 1:
@@ -83,43 +88,62 @@ def _decoded(
     return images, first
 
 
+def _fits(picture: bytes, colorspace: str, into: NDArray[np.uint8]) -> bool:
+    """Decode into an array; False if the picture is of another size. Raises ``ValueError``."""
+    import simplejpeg
+
+    try:
+        return bool(simplejpeg.decode_jpeg(picture, colorspace=colorspace, buffer=into).shape == into.shape)
+    except ValueError:
+        if simplejpeg.decode_jpeg_header(picture)[:2] != into.shape[:2]:
+            return False
+        raise
+
+
 def grey(images: NDArray[np.uint8]) -> Grey:
     """Luma, 0 to 255 (ITU-R BT.601, as in JFIF): ``[N, H, W]`` of images ``[N, H, W, 3]``."""
     return np.asarray(images @ np.array([0.299, 0.587, 0.114], np.float32), np.float32)
 
 
+@lru_cache(maxsize=1024)
+def evenly(length: int, count: int) -> NDArray[np.int64]:
+    """``count`` of ``length`` rows, evenly spread, the first and the last included, some twice if need be."""
+    rows = np.linspace(0, length - 1, count).round().astype(np.int64)
+    rows.flags.writeable = False  # all callers have the same one
+    return rows
+
+
 def thumbnails(pictures: Grey) -> Floats:
     """``[N, 8, 8]`` in 0..1 of grey pictures ``[N, H, W]`` by averaging blocks."""
-    rows, columns = (_averages(n) for n in pictures.shape[1:3])
-    return np.asarray(rows @ (pictures @ columns.T) / np.float32(255.0), np.float64)
+    down, across = (averages(n, THUMBNAIL_PX) for n in pictures.shape[1:3])
+    return np.asarray(down @ (pictures @ across.T) / np.float32(255.0), np.float64)
 
 
-@lru_cache(maxsize=16)
-def _averages(size: int) -> Grey:
-    """``[8, size]``: what a row of a picture is multiplied with to average its blocks (see ``blocks``)."""
-    return np.asarray(blocks(np.eye(size, dtype=np.float32), THUMBNAIL_PX, 0), np.float32)
+@lru_cache(maxsize=64)
+def averages(size: int, count: int) -> Grey:
+    """``[count, size]``: what a row of a picture is multiplied with to average its blocks.
 
-
-def blocks(values: NDArray[Any], count: int, axis: int) -> NDArray[Any]:
-    """Means of ``count`` blocks along an axis, as even as ``np.array_split`` makes them."""
-    size = values.shape[axis]
-    if size < count:
-        return blocks(np.repeat(values, count, axis=axis), count, axis)
-    starts = np.arange(count) * (size // count) + np.minimum(np.arange(count), size % count)
-    length = np.diff(np.append(starts, size)).astype(np.float32)
-    shape = [1] * values.ndim
-    shape[axis] = count
-    return np.asarray(np.add.reduceat(values, starts, axis=axis) / length.reshape(shape))
+    These are as even as ``np.array_split`` makes them. A row of fewer pixels has each ``count`` times.
+    """
+    repeat = count if size < count else 1
+    found = np.zeros((count, size * repeat), np.float32)
+    for row, block in zip(found, np.array_split(np.arange(size * repeat), count), strict=True):
+        row[block] = 1.0 / len(block)
+    of_pixels: Grey = found.reshape(count, size, repeat).sum(axis=2)
+    of_pixels.flags.writeable = False  # all callers have the same one
+    return of_pixels
 
 
 def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
     """The same picture, to the last byte, at ``stuck_images`` or more different places of the arm."""
-    column = frames.column(f"image.{camera}").combine_chunks()
-    code = np.asarray(column.dictionary_encode().indices)
+    coded = in_one(frames, f"image.{camera}").dictionary_encode()
+    if len(coded) - len(coded.dictionary) < settings.stuck_images - 1:
+        return []  # too few are the same as another
+    code = np.asarray(coded.indices)
     order = np.argsort(code, kind="stable")
     starts = np.flatnonzero(np.diff(code[order], prepend=-1))
     count = np.diff(np.append(starts, len(code)))
-    if not len(code) or count.max() < settings.stuck_images:
+    if count.max() < settings.stuck_images:
         return []
     sorted_q = frame_q[order]
     high = np.maximum.reduceat(sorted_q, starts, axis=0)
@@ -151,7 +175,7 @@ def check_pictures(
                 f" mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})"
             )
             return [Found(fault, why)]
-    some = np.unique(np.linspace(0, len(images) - 1, SHARP_SAMPLES).round().astype(int))
+    some = np.unique(evenly(len(images), SHARP_SAMPLES))
     sharp = sharpness(images[some])
     if (blurred := int((sharp < settings.min_sharpness).sum())) > settings.bad_images:
         text = f"{blurred} of {len(some)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
@@ -160,7 +184,8 @@ def check_pictures(
     between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
     motion = motion[between]
     if len(motion) >= STEPS_MIN and variation(motion) > settings.min_speed_variation:
-        low, high = np.quantile(changes(thumbs)[between], [0.1, 0.9])
+        found = np.sort(changes(thumbs)[between])
+        low, high = np.interp([0.1 * (len(found) - 1), 0.9 * (len(found) - 1)], np.arange(len(found)), found)
         if motion.sum() > settings.min_motion_rad and high < settings.min_change_ratio * low:
             text = f"the pictures of {camera} change alike ({low:.2g} to {high:.2g}) however the arm moves"
             return [Found(Fault.STUCK_IMAGE, text)]
@@ -179,14 +204,11 @@ def sharpness(images: Grey) -> Floats:
     """
     k = max(1, min(images.shape[1:3]) // SHARP_PX)
     n, h, w = len(images), images.shape[1] // k, images.shape[2] // k
-    g = images[:, : h * k, : w * k]
+    if min(h, w) < 3:
+        return np.zeros(n)
     if k > 1:
-        g = g.reshape(n, h, k, w, k).mean(axis=(2, 4))
-    lap = g[:, :-2, 1:-1] + g[:, 2:, 1:-1]
-    lap += g[:, 1:-1, :-2]
-    lap += g[:, 1:-1, 2:]
-    lap -= 4 * g[:, 1:-1, 1:-1]
-    return np.asarray(_variance(lap) / np.maximum(_variance(g), 1.0), np.float64)
+        images = images[:, : h * k, : w * k].reshape(n, h, k, w, k).mean(axis=(2, 4))
+    return columns.laplacian_share(images)
 
 
 def _variance(pictures: Grey) -> Grey:

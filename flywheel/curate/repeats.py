@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
-from flywheel.curate.checks import Fault, Floats, Found, Signals, correlation, last_release
-from flywheel.curate.pictures import blocks, changes
+from flywheel.curate.checks import Fault, Found, correlation
+from flywheel.curate.pictures import averages, changes
+from flywheel.curate.signals import Floats, Signals
 
 if TYPE_CHECKING:
     from flywheel.curate.examine import Candidate
@@ -71,7 +72,7 @@ class Fingerprint:
         taken = np.flatnonzero(~s.held[first:last] & s.held[first + 1 : last + 1]) + 1 + first
         moment = int(taken[0]) if len(taken) else (first + last) // 2
         frame = int(np.clip(np.searchsorted(s.tick[rows], moment) - 1, 0, len(rows) - 1))
-        release = last_release(s)
+        release = s.last_release
         joints = s.frame_q[rows]
         motion = np.linalg.norm(np.diff(joints, axis=0), axis=1)
         return cls(
@@ -88,8 +89,9 @@ class Fingerprint:
 def colours(images: NDArray[np.uint8]) -> Floats:
     """Shares of red and green in the inner half of images ``[N, H, W, 3]``, on a grid of 4 × 4: ``[32]``."""
     h, w = images.shape[1:3]
-    inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean(axis=0, dtype=np.float64)
-    grid = blocks(blocks(inner, 4, 0), 4, 1)
+    inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean(axis=0, dtype=np.float32)
+    down, across = (averages(n, 4) for n in inner.shape[:2])
+    grid = across @ np.tensordot(down, inner, 1)
     return np.asarray((grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1))
 
 

@@ -1,4 +1,4 @@
-"""The one way in which the edge compiles a function.
+"""The one way in which flywheel compiles a function: the edge, and what curation does to every row.
 
 numba keys its cache on the source file of a function, not on the functions that it inlines: after an edit of
 ``mode.py`` a cached ``system1.tick`` would still run the old mode machine. So the cache lies in a directory

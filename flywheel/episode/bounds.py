@@ -7,6 +7,7 @@ bytes become many.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,12 @@ _FLAT = _PLAIN | {"BYTE_STREAM_SPLIT", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "DE
 _TEXT = _PLAIN | {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
 
 
-def no_plain_file(path: Path) -> str | None:
-    """Why a path is no file of its own: a link, a pipe, a device; None if it is one, or nothing."""
-    mode = path.lstat().st_mode
+def no_plain_file(path: Path, found: os.stat_result | None = None) -> str | None:
+    """Why a path is no file of its own: a link, a pipe, a device; None if it is one.
+
+    ``found``: its ``lstat``, where it was taken already. Raises ``OSError`` where there is nothing.
+    """
+    mode = (found or path.lstat()).st_mode
     if stat.S_ISREG(mode):
         return None
     kinds = {"a link": stat.S_ISLNK, "a directory": stat.S_ISDIR, "a pipe": stat.S_ISFIFO}
@@ -106,11 +110,11 @@ def read_bounded(file: pq.ParquetFile, layout: pa.Schema, texts: Sequence[str]) 
         total += sum(_text_bytes(column) for i in at for column in table.column(i).chunks)
         if total > TEXT_BYTES_MAX:
             return f"texts of more than {TEXT_BYTES_MAX} bytes"
-        if at:
-            columns = table.columns
-            for i in at:
-                columns[i] = columns[i].cast(pa.string())
-            table = pa.table(columns, schema=layout)
+        for i in at:
+            column = table.column(i)
+            if pa.types.is_dictionary(column.type):
+                plain = pa.chunked_array([c.dictionary_decode() for c in column.chunks], pa.string())
+                table = table.set_column(i, layout.field(i), plain)
         parts.append(table)
     return pa.concat_tables(parts) if parts else layout.empty_table()
 

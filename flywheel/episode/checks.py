@@ -101,10 +101,11 @@ def inspect(directory: Path) -> tuple[list[Problem], Episode | None]:
     path = directory / schema.MANIFEST_FILE
     if directory.is_symlink():
         return [Problem(Reason.NOT_A_FILE, directory.name, "is a link, not an episode's directory")], None
-    if not path.exists(follow_symlinks=False):
+    try:
+        if (why := no_plain_file(path)) is not None:
+            return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)], None
+    except OSError:
         return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")], None
-    if (why := no_plain_file(path)) is not None:
-        return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)], None
     try:
         manifest = read_manifest(directory)
     except EpisodeError as e:
@@ -134,9 +135,10 @@ def _verify_file(
     name = entry.name
     try:
         # Before anything is opened: a pipe would wait for ever, a device never end.
-        if (why := no_plain_file(path)) is not None:
+        there = path.lstat()
+        if (why := no_plain_file(path, there)) is not None:
             return [Problem(Reason.NOT_A_FILE, name, why)]
-        size = path.stat().st_size
+        size = there.st_size
         if (why := too_large(entry, manifest)) is not None or size > FILE_BYTES_MAX:
             return [Problem(Reason.TOO_LARGE, name, why or f"{size} bytes")]
         if size != entry.bytes:
@@ -186,9 +188,6 @@ def _whole(path: Path, size: int) -> bytes:
 
 def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Problem]:
     problems = []
-    for field in table.schema.names:
-        if table.column(field).null_count:
-            return [Problem(Reason.SCHEMA, name, f"{field} has nulls", field)]
     for column in _FINITE.get(name, ()):
         values = as_array(table, column)
         finite = np.isfinite(values)
@@ -206,7 +205,11 @@ def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Probl
         problems.append(Problem(Reason.TIME_ORDER, name, text, "t_ns", row))
     low, high = manifest.window_ns
     # The end of an attempt is an event of the instant at which the next one may begin.
-    outside = (t < low) | (t > high if name == schema.EVENTS_FILE else t >= high)
+    last = high if name == schema.EVENTS_FILE else high - 1
+    if not backwards.any() and (not len(t) or (low <= t[0] and t[-1] <= last)):
+        outside = backwards[:0]  # in order, and so all lie between the first and the last
+    else:
+        outside = (t < low) | (t > last)
     if outside.any():
         row = int(np.argmax(outside))
         text = f"t_ns {t[row]} in row {row} is outside of the window [{low}, {high})"

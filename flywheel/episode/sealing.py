@@ -60,12 +60,21 @@ def new_episode_id(t_unix_ns: int, rng: np.random.Generator) -> str:
 
 def as_array(table: pa.Table, name: str) -> npt.NDArray[Any]:
     """A column as numpy: ``[rows]``, or ``[rows, n]`` for a fixed-size list; not for text and images."""
-    column = table.column(name)
-    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    column = in_one(table, name)
     if isinstance(column, pa.FixedSizeListArray):
-        flat = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
-        return flat.reshape(len(column), column.type.list_size)
+        size = column.type.list_size
+        if not column.null_count:  # the values as they lie there, which is what flatten would copy
+            flat = column.values.slice(column.offset * size, len(column) * size)
+        else:
+            flat = column.flatten()
+        return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(len(column), size)
     return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def in_one(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array, which takes no copy where it is one already."""
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def count_gaps(table: pa.Table, rate_hz: float) -> int:
@@ -406,8 +415,8 @@ def _whole_jpegs(pictures: pa.BinaryArray) -> npt.NDArray[np.bool_]:
     found = np.diff(at) >= 4
     first, last = at[:-1][found], at[1:][found]
     octets = np.frombuffer(data, np.uint8)
-    marks = octets[first], octets[first + 1], octets[last - 2], octets[last - 1]
-    found[found] = np.logical_and.reduce([m == x for m, x in zip(marks, b"\xff\xd8\xff\xd9", strict=True)])
+    begins = (octets[first] == 0xFF) & (octets[first + 1] == 0xD8)
+    found[found] = begins & (octets[last - 2] == 0xFF) & (octets[last - 1] == 0xD9)
     return found & np.asarray(pictures.is_valid()) if pictures.null_count else found
 
 
