@@ -205,7 +205,7 @@ class Manifest(Strict):
     site: str = Field(pattern=ROBOT_NAME)
     robot: str = Field(pattern=ROBOT_NAME)
     joints: int = Field(ge=1, le=64)
-    cameras: tuple[Annotated[str, Field(pattern=ROBOT_NAME)], ...]
+    cameras: Annotated[tuple[Annotated[str, Field(pattern=ROBOT_NAME)], ...], Field(max_length=64)]
     state_dim: int = Field(ge=1, le=1024)
     action_dim: int = Field(ge=1, le=1024)
     chunk: int = Field(ge=1, le=1024)

@@ -160,7 +160,7 @@ def load(directory: Path) -> Checkpoint:
         stored = set(weights.keys())
     if missing := sorted(name for name, _ in policy.named_parameters() if name not in stored):
         raise BundleError(
-            f"{directory / 'model.safetensors'}: {len(missing)} of the policy's weights are missing, such as "
+            f"{directory / WEIGHTS_FILE}: {len(missing)} of the policy's weights are missing, such as "
             f"{missing[0]}: config.json is of another policy"
         )
     pre, post = make_pre_post_processors(

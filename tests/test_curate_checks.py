@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,18 @@ def test_speeds_so_large_that_their_sum_overflows_do_not_pass_for_sound(
     d.control["dq"][::2, 0], d.control["dq"][1::2, 0] = 3e38, -3e38
     d.control["dq"][10:20, 0] = 3e38
     assert faults(d, tmp_path, BARS.model_copy(update={"robots": ()})) == [Fault.UNITS]
+
+
+@pytest.mark.parametrize("rate", ["policy_hz", "control_hz"])
+def test_rate_whose_period_no_clock_holds_is_quarantined_like_any_other(
+    rate: str, sound: list[Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / sound[0].name
+    shutil.copytree(sound[0], odd)
+    doc = json.loads((odd / "manifest.json").read_bytes())
+    doc[rate] = 1e-300
+    (odd / "manifest.json").write_text(json.dumps(doc))
+    assert examine(odd, SETTINGS).reason.startswith("quarantine:")
 
 
 def test_limits_file_that_is_missing_is_named(sound: list[Path], tmp_path: Path) -> None:

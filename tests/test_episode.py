@@ -312,6 +312,27 @@ def test_time_that_stands_still_goes_back_or_leaves_the_window(episode: Path) ->
     assert set(reasons(episode)) == {Reason.TIME_ORDER, Reason.WINDOW, Reason.GAP}
 
 
+@pytest.mark.parametrize("name", [schema.CONTROL_FILE, schema.EVENTS_FILE])
+def test_forged_times_whose_differences_overflow_do_not_pass_for_ordered(episode: Path, name: str) -> None:
+    table = pq.read_table(episode / name)
+    if name == schema.EVENTS_FILE:
+        table = table.take([0] * 5)
+    t = as_array(table, "t_ns").copy()
+    regular = t.copy()
+    middle = len(t) // 2
+    t[middle - 1 : middle + 2] = 2**63 - 1, -(2**63), -1
+    table = replaced(table, "t_ns", pa.array(t))
+    if name == schema.CONTROL_FILE:  # so that no row is due at another time than before
+        table = replaced(table, "late_ns", pa.array(t - regular))
+    rewrite(episode, name, table)
+    assert {Reason.TIME_ORDER, Reason.WINDOW} <= set(reasons(episode))
+
+
+def test_more_cameras_than_any_robot_has_are_refused_before_a_schema_is_made_of_them(episode: Path) -> None:
+    edit_manifest(episode, lambda doc: doc.update(cameras=[f"c{i}" for i in range(65)]))
+    assert reasons(episode) == [Reason.BAD_MANIFEST]
+
+
 def test_a_gap_that_the_manifest_hides_is_fatal(episode: Path) -> None:
     table = pq.read_table(episode / schema.CONTROL_FILE)
     rewrite(episode, schema.CONTROL_FILE, table.filter(np.arange(1000) // 10 != 40))

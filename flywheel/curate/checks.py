@@ -109,7 +109,7 @@ def _clocks(e: Episode, s: Signals) -> list[Found]:
         ("frames", np.diff(s.frame_ns), m.policy_hz),
     ):
         period = 1e9 / hz
-        if (usual := median_beyond(step, int(period / GAP_PERIODS), int(period * GAP_PERIODS))) is not None:
+        if (usual := median_beyond(step, period / GAP_PERIODS, period * GAP_PERIODS)) is not None:
             ratio = usual / period
             text = f"{name}: t_ns steps by {ratio:.4g} of a period at {hz:g} Hz; is it in ns?"
             found.append(Found(Fault.UNITS, text))

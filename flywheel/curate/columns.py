@@ -75,6 +75,11 @@ def integrals(
                 found[ended, c] = total[c] - found[ended, c]
             ended += 1
             continue
+        if started == ended:  # between two windows nothing counts, however large
+            row = begin[started]
+            for c in range(channels):
+                total[c] = 0.0
+            continue
         until = begin[ended] + length
         if started < len(begin):
             until = min(until, begin[started])

@@ -198,7 +198,8 @@ def changes(small: Floats) -> Floats:
 
 
 def sharpness(images: Grey) -> Floats:
-    """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture.
+    """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture, and for one
+    of less than 3 px.
 
     Taken at 64 to 127 px (blocks are averaged), so that it does not depend on how many pixels a camera has.
     """

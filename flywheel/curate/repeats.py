@@ -92,7 +92,9 @@ def colours(images: NDArray[np.uint8]) -> Floats:
     inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean(axis=0, dtype=np.float32)
     down, across = (averages(n, 4) for n in inner.shape[:2])
     grid = across @ np.tensordot(down, inner, 1)
-    return np.asarray((grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1))
+    return np.asarray(
+        (grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1), np.float64
+    )
 
 
 def check_together(candidates: Sequence[Candidate], settings: CheckSettings) -> None:

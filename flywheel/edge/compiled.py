@@ -2,7 +2,7 @@
 
 numba keys its cache on the source file of a function, not on the functions that it inlines: after an edit of
 ``mode.py`` a cached ``system1.tick`` would still run the old mode machine. So the cache lies in a directory
-that is named after the sources of every module with compiled code.
+that is named after the sources of every module whose compiled code calls that of another.
 """
 
 from __future__ import annotations

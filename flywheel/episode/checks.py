@@ -104,7 +104,7 @@ def inspect(directory: Path) -> tuple[list[Problem], Episode | None]:
     try:
         if (why := no_plain_file(path)) is not None:
             return [Problem(Reason.NOT_A_FILE, schema.MANIFEST_FILE, why)], None
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return [Problem(Reason.NO_MANIFEST, schema.MANIFEST_FILE, f"there is none in {directory}")], None
     try:
         manifest = read_manifest(directory)
@@ -198,7 +198,8 @@ def _verify_values(name: str, table: pa.Table, manifest: Manifest) -> list[Probl
             problems.append(Problem(Reason.NOT_FINITE, name, text, column, row))
     t = as_array(table, "t_ns")
     # Rows are ticks of one loop and so strictly in order; events come from several processes and may tie.
-    backwards = np.diff(t) < (0 if name == schema.EVENTS_FILE else 1)
+    # Compared, not subtracted: what somebody made up may differ by more than an int64 holds.
+    backwards = t[1:] < t[:-1] if name == schema.EVENTS_FILE else t[1:] <= t[:-1]
     if backwards.any():
         row = int(np.argmax(backwards)) + 1
         text = f"t_ns does not increase in row {row}: {t[row]} after {t[row - 1]}"

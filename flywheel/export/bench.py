@@ -25,7 +25,7 @@ from flywheel.edge.figures import Quantiles
 from flywheel.edge.policy import Policy
 from flywheel.errors import BundleError
 from flywheel.schema import sha256_file
-from flywheel.vla import Checkpoint, load, offline
+from flywheel.vla import WEIGHTS_FILE, Checkpoint, load, offline
 
 INSTRUCTION = "pick the red box and place it in the bin"
 SEED = 0
@@ -96,10 +96,10 @@ class Peers:
         self.policy = Policy.load(bundle, threads=1, seed=SEED)
         b = self.policy.bundle
         made_of = b.provenance.get("checkpoint_sha256")
-        if made_of != sha256_file(where / "model.safetensors"):
+        if made_of != sha256_file(where / WEIGHTS_FILE):
             raise BundleError(
                 f"{bundle}: made of another checkpoint ({made_of}) than "
-                f"{where / 'model.safetensors'}; export it again"
+                f"{where / WEIGHTS_FILE}; export it again"
             )
         self._lerobot: Checkpoint = load(where)
         self._lerobot.policy.config.num_steps = b.num_steps

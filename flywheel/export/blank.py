@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flywheel.schema import sha256_file
-from flywheel.vla import BACKBONE, SIGNATURE_FILE, Signature, localise, offline
+from flywheel.vla import BACKBONE, SIGNATURE_FILE, WEIGHTS_FILE, Signature, localise, offline
 
 WORDS = tuple(
     f"pick the {c} box and place it in the bin" for c in ("red", "green", "blue", "yellow", "purple")
@@ -226,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m flywheel.export.blank DIRECTORY", file=sys.stderr)
         return 2
     out = write_checkpoint(Path(argv[0]))
-    print(f"{out}: random weights, sha256 {sha256_file(out / 'model.safetensors')}")
+    print(f"{out}: random weights, sha256 {sha256_file(out / WEIGHTS_FILE)}")
     return 0
 
 

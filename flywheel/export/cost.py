@@ -22,7 +22,7 @@ from flywheel.edge.bench import machine
 from flywheel.errors import BundleError
 from flywheel.export import blank, stage
 from flywheel.export.bench import Peers
-from flywheel.vla import offline
+from flywheel.vla import WEIGHTS_FILE, offline
 
 # Within which an export is meant to stay: seconds, MB resident, MB on disk. Default policy, full size.
 BUDGET = {False: (60.0, 2500.0, 5.0), True: (600.0, 12000.0, 2000.0)}
@@ -112,6 +112,6 @@ def _turns(checkpoint: Path, bundle: Path, n: int) -> dict[str, Any]:
 
 def _base() -> Path:
     root = checkout(Path.cwd())
-    if root is None or not (root / "models" / "base" / "model.safetensors").is_file():
+    if root is None or not (root / "models" / "base" / WEIGHTS_FILE).is_file():
         raise BundleError("bench export exports models/base: start it in a checkout, or ask for --full")
     return root / "models" / "base"

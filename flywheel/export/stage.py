@@ -22,7 +22,7 @@ from flywheel.export import describing
 from flywheel.export.observations import Seen, generated, recorded
 from flywheel.export.parity import Chunk, Parity, compare, reference
 from flywheel.schema import Bundle, bundle_digest, sha256_file
-from flywheel.vla import ACT, Checkpoint, load, offline, signature
+from flywheel.vla import ACT, WEIGHTS_FILE, Checkpoint, load, offline, signature
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ def export(
     loaded = load(checkpoint)
     about = {
         "runtime": __version__,
-        "checkpoint_sha256": sha256_file(checkpoint / "model.safetensors"),
+        "checkpoint_sha256": sha256_file(checkpoint / WEIGHTS_FILE),
         "policy": loaded.kind,
         "pad_token_id": describing.pad_id(checkpoint, loaded.kind),
         "parameters": sum(p.numel() for p in loaded.policy.parameters()),
