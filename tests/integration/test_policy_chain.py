@@ -116,13 +116,20 @@ def test_training_changes_the_weights_keeps_the_statistics_and_can_be_moved(
     write_demonstrations(tmp_path / "old", "lab")
     write_demonstrations(tmp_path / "earlier", "dim")
     (tmp_path / "new" / "clusters.json").write_text("{}")
-    steps = TrainSettings(steps=3, batch_size=8, threads=1, processes=processes)
+    steps = TrainSettings(
+        steps=3,
+        batch_size=8,
+        threads=1,
+        processes=processes,
+        later_replay_fraction=0.75,
+        earlier_share=0.8,
+    )
     lab, earlier = tmp_path / "old", [tmp_path / "earlier"]
     result = train(BASE, tmp_path / "new", tmp_path / "out", steps, replay=lab, earlier=earlier)
     assert np.isfinite(result.loss)
     assert (tmp_path / "out" / "clusters.json").exists(), "the next turn would name its clusters anew"
     shares = {pool: p.share for pool, p in result.pools.items()}
-    assert shares == pytest.approx({"new": 0.35, "earlier": 0.49, "lab": 0.16}, abs=0.1)
+    assert shares == pytest.approx({"new": 0.25, "earlier": 0.6, "lab": 0.15}, abs=0.1)
     assert result.pools["earlier"].datasets == (dataset_digest(tmp_path / "earlier"),)
     figures = tmp_path / "metrics" / "train.json"
     write_metrics(result, figures)
