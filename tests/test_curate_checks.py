@@ -18,7 +18,8 @@ from flywheel.bench.poison import KINDS, Draft, _open, _seal, poison
 from flywheel.config import CheckSettings, CurateSettings
 from flywheel.curate.checks import Fault, check_signals, correlation, runs
 from flywheel.curate.examine import Candidate, examine
-from flywheel.curate.pictures import check_pictures, check_stuck, sharpness, thumbnails
+from flywheel.curate.pictures import Film, changes, check_pictures, check_stuck, thumbnails
+from flywheel.curate.pictures import sharpness as sharpness_of
 from flywheel.curate.repeats import check_together
 from flywheel.curate.signals import Signals
 from flywheel.errors import ConfigError
@@ -45,7 +46,9 @@ def faults(d: Draft, tmp_path: Path, bars: CheckSettings = BARS) -> list[Fault]:
     """What the checks say of it, sealed and read again."""
     e = episode.read(_seal(tmp_path, d))
     s = Signals.of(e)
-    return [f.fault for f in check_signals(e, s, bars) or check_stuck(e.frames, "wrist", s.frame_q, bars)]
+    return [
+        f.fault for f in check_signals(e, s, bars) or check_stuck(Film.of(e.frames, "wrist"), s.frame_q, bars)
+    ]
 
 
 # ── every kind of poison ─────────────────────────────────────────────────────────────────────────────
@@ -403,7 +406,7 @@ def pictures(change: Callable[[Any], Any] = lambda x: x, n: int = 20) -> Any:
 
 def seen(change: Callable[[Any], Any]) -> list[Fault]:
     images, motion = pictures(change)
-    return [f.fault for f in check_pictures(images, thumbnails(images), "wrist", motion, BARS)]
+    return [f.fault for f in check_pictures(images, changes(thumbnails(images)), "wrist", motion, BARS)]
 
 
 def only(rows: int, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -435,6 +438,10 @@ def smooth(x: Any, times: int) -> Any:
         for axis in (1, 2):
             x = (np.roll(x, 1, axis) + x + np.roll(x, -1, axis)) / 3
     return x
+
+
+def sharpness(images: Any) -> Any:
+    return sharpness_of(images.astype(np.float32), np.arange(len(images)))
 
 
 def test_blur_is_told_from_dim_light_and_from_a_coarse_camera() -> None:

@@ -34,7 +34,7 @@ from flywheel.config import CurateSettings, Deployment, EdgeSettings, RecorderSe
 from flywheel.curate import curate as run_stage
 from flywheel.curate.checks import check_signals
 from flywheel.curate.examine import Candidate, examine
-from flywheel.curate.pictures import decoded
+from flywheel.curate.pictures import Film, decoded
 from flywheel.curate.repeats import check_together
 from flywheel.curate.select import select
 from flywheel.curate.signals import Signals
@@ -111,7 +111,7 @@ def _pictures(directory: Path) -> None:
 
 def _decoded(directory: Path) -> None:
     table = pq.read_table(directory / EPISODE_FILES[1], columns=["image.wrist"])
-    decoded(table, "wrist", np.arange(table.num_rows))
+    decoded(Film.of(table, "wrist"), np.arange(table.num_rows))
 
 
 def scan(directories: Sequence[Path], rounds: int) -> dict[str, float]:

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
-from flywheel.curate.columns import integrals, spans
+from flywheel.curate import columns
 from flywheel.curate.signals import Floats, Recorded, Signals, Survey
 from flywheel.edge.safety import SafetyLimits
 from flywheel.episode import Episode, as_array, count_gaps
@@ -137,11 +137,7 @@ def _jumps(s: Signals) -> list[Found]:
             text = f"row {gap[k] + 1}: {dt[k]:.3g} s later the arm is where it was going to be"
             text += f" after {period:.3g} s"
             return [Found(Fault.CLOCK_JUMP, text)]
-    last = s.new_anchor[1:] - 1  # before each change
-    far = np.abs(s.anchor_ns[last + 1] - s.anchor_ns[last]) > 1e9 * period
-    slipped = last[far & (s.chunk_id[last + 1] == s.chunk_id[last]) & (s.chunk_id[last] >= 0)]
-    if len(slipped):
-        k = int(slipped[0]) + 1
+    if (k := columns.slip(s.anchor_ns, s.chunk_id, 1e9 * period)) > 0:
         by = (s.anchor_ns[k] - s.anchor_ns[k - 1]) / 1e6
         text = f"row {k}: chunk {s.chunk_id[k]} moved by {by:.1f} ms while it was in force"
         return [Found(Fault.CLOCK_JUMP, text)]
@@ -151,14 +147,12 @@ def _jumps(s: Signals) -> list[Found]:
 def _anchors(s: Signals) -> list[Found]:
     """Frames against chunks: what System 1 followed was made from a picture, and that picture is a row."""
     followed = (s.chunk_id >= 0) & (s.mode != Mode.FALLBACK) & (s.anchor_ns >= s.frame_ns[0])
-    anchors = np.unique(s.anchor_ns[s.new_anchor[np.logical_or.reduceat(followed, s.new_anchor)]])
-    at = np.clip(np.searchsorted(s.frame_ns, anchors), 1, len(s.frame_ns) - 1)
-    off = np.minimum(np.abs(anchors - s.frame_ns[at - 1]), np.abs(anchors - s.frame_ns[at]))
-    missing = int(np.count_nonzero(off > 1e9 / s.manifest.control_hz))
-    allowed = s.manifest.gaps + s.manifest.drops + max(1, len(anchors) // 50)
+    tolerance = 1e9 / s.manifest.control_hz
+    missing, anchors = columns.anchors_without_frame(s.anchor_ns, followed, s.frame_ns, tolerance)
+    allowed = s.manifest.gaps + s.manifest.drops + max(1, anchors // 50)
     if missing <= allowed:
         return []
-    text = f"{missing} of {len(anchors)} chunks were made from frames that are not there ({allowed} may be)"
+    text = f"{missing} of {anchors} chunks were made from frames that are not there ({allowed} may be)"
     return [Found(Fault.CHUNK_WITHOUT_FRAME, text)]
 
 
@@ -187,7 +181,7 @@ def _stuck_signals(s: Signals, settings: CheckSettings) -> list[Found]:
         if not len(survey.still) or (name == "tau" and not (survey.low.any() or survey.high.any())):
             continue  # torques that are all 0 were not measured
         found = survey.still
-        span = spans(s.q_ref, found)
+        span = columns.spans(s.q_ref, found)
         if not (span > settings.frozen_motion_rad).any():
             continue
         found, span = found[span > 0], span[span > 0]
@@ -247,8 +241,8 @@ def robot_limits(path: str) -> SafetyLimits:
 
 def _limits(s: Signals, settings: CheckSettings) -> list[Found]:
     """Outside of what the robot can do; the files with its number of joints are tried, one must admit it."""
-    files = [robot_limits(p) for p in settings.robots]
-    objections = [_beyond(s, x, settings) for x in files if len(x.joints) == s.q.shape[1]]
+    files = [_bounds(p, settings.joint_slack_rad) for p in settings.robots]
+    objections = [_beyond(s, x) for x in files if len(x.q[0]) == s.q.shape[1]]
     if not objections or None in objections:
         return []
     first = next(x for x in objections if x is not None)
@@ -261,12 +255,26 @@ def _limits(s: Signals, settings: CheckSettings) -> list[Found]:
     return [Found(Fault.JOINT_LIMITS, first)]
 
 
-def _beyond(s: Signals, x: SafetyLimits, settings: CheckSettings) -> str | None:
-    slack = settings.joint_slack_rad
-    lower, upper = np.array(x.position.lower) - slack, np.array(x.position.upper) + slack
+class _Bounds(NamedTuple):
+    """Of each joint signal, the least and the greatest that a robot's limits allow ``[2, J]``."""
+
+    q: Floats
+    dq: Floats
+    tau: Floats
+    robot: str
+
+
+@lru_cache(maxsize=64)
+def _bounds(path: str, slack_rad: float) -> _Bounds:
+    x = robot_limits(path)
     speed = np.array(x.velocity.max) * x.velocity.overspeed
     torque = np.array(x.torque.max) * 1.01
-    for name, low, high in (("q", lower, upper), ("dq", -speed, speed), ("tau", -torque, torque)):
+    low, high = np.array(x.position.lower) - slack_rad, np.array(x.position.upper) + slack_rad
+    return _Bounds(np.stack([low, high]), np.stack([-speed, speed]), np.stack([-torque, torque]), x.robot)
+
+
+def _beyond(s: Signals, x: _Bounds) -> str | None:
+    for name, (low, high) in (("q", x.q), ("dq", x.dq), ("tau", x.tau)):
         least, greatest, _ = s.joints[name]
         if (least < low).any() or (greatest > high).any():
             values: Recorded = getattr(s, name)
@@ -291,22 +299,17 @@ def _integral(s: Signals, settings: CheckSettings) -> list[Found]:
         begin = begin[np.searchsorted(s.gap, begin) == np.searchsorted(s.gap, begin + w)]
     if not len(begin):
         return []
-    went = integrals(s.t_ns, s.dq, begin, w)
-    moved = s.q[begin + w].astype(np.float64) - s.q[begin]
-    power = (went**2).sum(axis=0)
-    enough = np.sqrt(np.maximum(power, (moved**2).sum(axis=0)) / 2) > settings.min_motion_rad / 4
-    ratio = (went * moved).sum(axis=0) / np.maximum(power, 1e-12)
-    wrong = enough & ~((ratio > 1 / settings.max_unit_ratio) & (ratio < settings.max_unit_ratio))
-    if wrong.any():
-        k = int(np.argmax(wrong))
-        text = f"q[{k}] moves {ratio[k]:.4g} times as far as dq[{k}] says"
-        return [Found(Fault.UNITS, text)]
-    drift = np.abs(moved - went)
-    if float(drift.max()) > settings.max_drift_rad:
-        at, joint = np.unravel_index(int(np.argmax(drift)), drift.shape)
+    went = columns.integrals(s.t_ns, s.dq, begin, w)
+    sums, drift, window, joint = columns.drifts(s.q, went, begin, w)
+    for k, (power, moved, both) in enumerate(sums.T.tolist()):
+        ratio = both / max(power, 1e-12)
+        enough = np.sqrt(max(power, moved) / 2) > settings.min_motion_rad / 4
+        if enough and not 1 / settings.max_unit_ratio < ratio < settings.max_unit_ratio:
+            return [Found(Fault.UNITS, f"q[{k}] moves {ratio:.4g} times as far as dq[{k}] says")]
+    if drift > settings.max_drift_rad:
         text = (
-            f"q[{joint}] leaves the integral of its velocity by {drift.max():.3g} rad within"
-            f" {settings.window_s:g} s, about row {int(begin[at]) + w}"
+            f"q[{joint}] leaves the integral of its velocity by {drift:.3g} rad within"
+            f" {settings.window_s:g} s, about row {int(begin[window]) + w}"
         )
         return [Found(Fault.DISCONTINUITY, text)]
     return []
@@ -329,7 +332,8 @@ def _state_and_joints(s: Signals, settings: CheckSettings) -> list[Found]:
         return [Found(Fault.UNITS, f"the state goes {ratio:.3g} (m or rad) for each rad of the joints")]
     if len(turn) < 2 * turn.shape[1]:
         return []  # anything would fit
-    jacobian, *_ = np.linalg.lstsq(turn, step, rcond=None)
+    gram = turn.T @ turn  # with a little on its diagonal, for a joint that rests
+    jacobian = np.linalg.solve(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)), turn.T @ step)
     r2 = 1.0 - float(((step - turn @ jacobian) ** 2).sum() / max(float((step**2).sum()), 1e-12))
     if r2 < settings.min_state_joint_r2:
         return [Found(Fault.STATE_JOINTS, f"the joints do not explain where the state goes: R² {r2:.2f}")]
@@ -371,60 +375,39 @@ def _actions(s: Signals, settings: CheckSettings) -> list[Found]:
         ("the operator's", s.operator, settings.min_action_r2),
         ("the policy's", ~s.operator, settings.min_policy_action_r2),
     ):
-        flow = mine[:-1] & mine[1:] & busy
-        rows = np.flatnonzero(flow[1:] & flow[:-1]) + 1
+        rows, (asks, off), (asked, went, toward), way = columns.obedience(pose, target, mine, busy)
         if len(rows) < STEPS_MIN:
             continue
-        here = pose[rows]
-        step, told, before = pose[rows + 1] - here, target[rows] - here, target[rows - 1] - here
-        if far := median_beyond(_length(told), -1.0, 10 * settings.max_action_error):
+        if far := median_beyond(asks, -1.0, 10 * settings.max_action_error):
             return [
                 Found(Fault.UNITS, f"{who} actions lie {far:.3g} from the states; are they in the same unit?")
             ]
-        if s.operator is mine and (fault := _strays(told, step, settings)):
+        if s.operator is mine and (fault := _strays(asked, went, toward, settings)):
             return fault
-        if _length(step).sum() < settings.min_motion_rad * settings.min_pose_per_rad:
+        if way < settings.min_motion_rad * settings.min_pose_per_rad:
             continue
-        rest = _unexplained(step, told, before)
-        r2 = 1.0 - float((rest**2).sum() / max(float((step**2).sum()), 1e-12))
-        off = _length(rest)
-        worst = int(np.argmax(off))
-        size = float(off[worst])
-        toward = float((told * step).sum())  # a step goes to where it is told, not away from it
-        if r2 < least or toward <= 0:
+        r2 = 1.0 - float((off**2).sum()) / max(float(went.sum()), 1e-12)
+        if r2 < least or toward.sum() <= 0:  # a step goes to where it is told, not away from it
             text = f"{who} actions do not explain the states that follow: R² {r2:.2f}"
             return [Found(Fault.ACTION_STATE, text)]
-        if size > settings.max_action_error:
-            text = f"the step after frame {rows[worst]} is {size:.3g} off {who} action"
+        worst = int(np.argmax(off))
+        if off[worst] > settings.max_action_error:
+            text = f"the step after frame {rows[worst]} is {off[worst]:.3g} off {who} action"
             return [Found(Fault.ACTION_STATE, text)]
     return []
 
 
-def _length(vectors: Floats) -> Floats:
-    return np.asarray(np.sqrt((vectors * vectors).sum(axis=1)))
-
-
-def _unexplained(step: Floats, told: Floats, before: Floats) -> Floats:
-    """What is left of the steps ``[K, D]`` after least squares on this command and on the last one."""
-    aa, ab, bb = float((told * told).sum()), float((told * before).sum()), float((before * before).sum())
-    ay, by = float((told * step).sum()), float((before * step).sum())
-    det = aa * bb - ab * ab
-    if det <= 1e-12 * aa * bb:  # one is a multiple of the other
-        return step - told * (ay / aa if aa > 0 else 0.0)
-    return np.asarray(step - told * ((ay * bb - by * ab) / det) - before * ((by * aa - ay * ab) / det))
-
-
-def _strays(told: Floats, step: Floats, settings: CheckSettings) -> list[Found]:
-    """A person's targets ``told [K, D]``, from where the tool is, against its steps: along every axis that it
-    goes, they ask for about as much, and in that direction."""
-    asked, went = (told**2).sum(axis=0), (step**2).sum(axis=0)
-    moved = np.flatnonzero(went > AXIS_SHARE * went.sum())
-    ratio = np.sqrt(asked[moved] / went[moved])
-    toward = (told * step).sum(axis=0)[moved]
-    for axis, r, t in zip(moved.tolist(), ratio.tolist(), toward.tolist(), strict=True):
-        if t <= 0 or r > settings.max_action_ratio:
-            text = f"the operator's actions along state[{axis}] ask for {np.sign(t) * r:.2f} times the steps"
-            return [Found(Fault.ACTION_STATE, f"{text} that follow")]
+def _strays(asked: Floats, went: Floats, toward: Floats, settings: CheckSettings) -> list[Found]:
+    """A person's targets, from where the tool is, against its steps: along every axis that it goes, they ask
+    for about as much, and in that direction. All ``[D]``: sums of squares, and of products."""
+    least = AXIS_SHARE * float(went.sum())
+    for axis, (a, y, t) in enumerate(zip(asked.tolist(), went.tolist(), toward.tolist(), strict=True)):
+        if y > least and (t <= 0 or a > settings.max_action_ratio**2 * y):
+            times = np.sign(t) * np.sqrt(a / y)
+            text = (
+                f"the operator's actions along state[{axis}] ask for {times:.2f} times the steps that follow"
+            )
+            return [Found(Fault.ACTION_STATE, text)]
     return []
 
 

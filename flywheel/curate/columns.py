@@ -92,6 +92,127 @@ def integrals(
 
 
 @compiled
+def drifts(
+    q: NDArray[np.float32], went: NDArray[np.float64], begin: NDArray[np.int64], length: int
+) -> tuple[NDArray[np.float64], float, int, int]:
+    """How the joints ``q [N, C]`` moved from each row ``begin [M]`` to the one ``length`` later, against
+    ``went [M, C]``.
+
+    ``[3, C]``: sums of ``went`` squared, of the ways moved squared, and of both multiplied; then how far the
+    two are apart at most, in which window and of which joint.
+    """
+    sums = np.zeros((3, q.shape[1]), np.float64)
+    worst, window, joint = 0.0, 0, 0
+    for k in range(len(begin)):
+        for c in range(q.shape[1]):
+            a = went[k, c]
+            b = np.float64(q[begin[k] + length, c]) - np.float64(q[begin[k], c])
+            sums[0, c] += a * a
+            sums[1, c] += b * b
+            sums[2, c] += a * b
+            if abs(b - a) > worst:
+                worst, window, joint = abs(b - a), k, c
+    return sums, worst, window, joint
+
+
+@compiled
+def slip(anchor_ns: NDArray[np.int64], chunk_id: NDArray[np.int64], tolerance_ns: float) -> int:
+    """The first row whose chunk is that of the row before, with an anchor farther away; -1: none."""
+    for i in range(1, len(anchor_ns)):
+        if anchor_ns[i] == anchor_ns[i - 1] or chunk_id[i] != chunk_id[i - 1] or chunk_id[i] < 0:
+            continue
+        if abs(np.float64(anchor_ns[i]) - np.float64(anchor_ns[i - 1])) > tolerance_ns:
+            return i
+    return -1
+
+
+@compiled
+def anchors_without_frame(
+    anchor_ns: NDArray[np.int64],
+    followed: NDArray[np.bool_],
+    frame_ns: NDArray[np.int64],
+    tolerance_ns: float,
+) -> tuple[int, int]:
+    """How many different anchors of the rows ``followed`` have no time of ``frame_ns`` (ascending, one at
+    least) that near; and of how many."""
+    found = np.empty(len(anchor_ns), np.int64)
+    count = 0
+    for i in range(len(anchor_ns)):
+        if followed[i] and (count == 0 or anchor_ns[i] != found[count - 1]):
+            found[count] = anchor_ns[i]
+            count += 1
+    anchors = np.unique(found[:count])
+    missing, at = 0, 0
+    for anchor in anchors:
+        while at + 1 < len(frame_ns) and frame_ns[at + 1] <= anchor:
+            at += 1
+        off = abs(np.float64(anchor) - np.float64(frame_ns[at]))
+        if at + 1 < len(frame_ns):
+            off = min(off, np.float64(frame_ns[at + 1]) - np.float64(anchor))
+        if off > tolerance_ns:
+            missing += 1
+    return missing, len(anchors)
+
+
+@compiled
+def obedience(
+    pose: NDArray[np.float64],
+    target: NDArray[np.float64],
+    mine: NDArray[np.bool_],
+    busy: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], float]:
+    """How ``pose [F, D]`` goes where ``target [F, D]`` asks, in the frames that are ``mine [F]`` with both
+    their neighbours, with the arm ``busy [F-1]`` on the way there and after.
+
+    These frames ``[K]``; ``[2, K]``: how far each asks to go, and how far the step after it is from the one
+    that least squares on this command and on the last one expect; ``[3, D]``: squares of what was asked, of
+    the steps, and both multiplied, by axis; the way of all steps.
+    """
+    frames, axes = pose.shape
+    found = np.empty(frames, np.int64)
+    count = 0
+    for r in range(1, frames - 1):
+        if mine[r - 1] and mine[r] and mine[r + 1] and busy[r - 1] and busy[r]:
+            found[count] = r
+            count += 1
+    rows = found[:count].copy()
+    each = np.zeros((2, count), np.float64)
+    sums = np.zeros((3, axes), np.float64)
+    ab = bb = by = way = 0.0
+    for k in range(count):
+        r = rows[k]
+        asked = went = 0.0
+        for d in range(axes):
+            a, b = target[r, d] - pose[r, d], target[r - 1, d] - pose[r, d]
+            y = pose[r + 1, d] - pose[r, d]
+            sums[0, d] += a * a
+            sums[1, d] += y * y
+            sums[2, d] += a * y
+            asked += a * a
+            went += y * y
+            ab += a * b
+            bb += b * b
+            by += b * y
+        each[0, k] = np.sqrt(asked)
+        way += np.sqrt(went)
+    aa, ay = sums[0].sum(), sums[2].sum()
+    det = aa * bb - ab * ab
+    if det > 1e-12 * aa * bb:
+        on_this, on_last = (ay * bb - by * ab) / det, (by * aa - ay * ab) / det
+    else:  # one is a multiple of the other
+        on_this, on_last = ay / aa if aa > 0 else 0.0, 0.0
+    for k in range(count):
+        r = rows[k]
+        off = 0.0
+        for d in range(axes):
+            a, b = target[r, d] - pose[r, d], target[r - 1, d] - pose[r, d]
+            rest = pose[r + 1, d] - pose[r, d] - on_this * a - on_last * b
+            off += rest * rest
+        each[1, k] = np.sqrt(off)
+    return rows, each, sums, way
+
+
+@compiled
 def spans(values: NDArray[np.float32], parts: NDArray[np.int64]) -> NDArray[np.float64]:
     """``[R]``: greatest less least of ``values [N, C]`` in each of ``parts [R, 3]``: channel, first and last
     row."""
@@ -106,14 +227,63 @@ def spans(values: NDArray[np.float32], parts: NDArray[np.int64]) -> NDArray[np.f
 
 
 @compiled
-def laplacian_share(pictures: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Variance of the Laplacian over the variance of the picture (1 at least), of each of
-    ``pictures [N, H, W]``; ``H`` and ``W`` are 3 at least."""
+def colour_shares(pictures: NDArray[np.uint8], blocks: int) -> NDArray[np.float64]:
+    """``[blocks, blocks, 2]``: shares of red and of green in the mean of ``pictures [N, H, W, 3]``, of the
+    inner half of each side, by block."""
+    n, h, w, _ = pictures.shape
+    found = np.zeros((blocks, blocks, 2), np.float64)
+    top, left = h // 4, w // 4
+    height, width = h - 2 * top, w - 2 * left
+    for i in range(blocks):
+        first, last = top + i * height // blocks, top + (i + 1) * height // blocks
+        last = max(last, first + 1)  # a pixel at least
+        for j in range(blocks):
+            begin, end = left + j * width // blocks, left + (j + 1) * width // blocks
+            end = max(end, begin + 1)
+            red = green = blue = np.int64(0)
+            for k in range(n):
+                for y in range(first, last):
+                    for x in range(begin, end):
+                        red += pictures[k, y, x, 0]
+                        green += pictures[k, y, x, 1]
+                        blue += pictures[k, y, x, 2]
+            pixels = n * (last - first) * (end - begin)
+            total = max(float(red + green + blue), float(pixels))  # black has no colour
+            found[i, j, 0], found[i, j, 1] = red / total, green / total
+    return found
+
+
+@compiled
+def light(
+    pictures: NDArray[np.float32], down: int, across: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation ``[N]`` of ``pictures [N, H, W]``, of each ``down``-th row, ``across``-th column."""
     n, h, w = pictures.shape
-    found = np.empty(n, np.float64)
-    sums = np.empty((4, w), np.float32)  # by column: such sums take several columns at once
+    mean, deviation = np.empty(n, np.float64), np.empty(n, np.float64)
     for k in range(n):
-        g = pictures[k]
+        one = two = 0.0
+        count = 0
+        for i in range(0, h, down):
+            for j in range(0, w, across):
+                v = np.float64(pictures[k, i, j])
+                one += v
+                two += v * v
+                count += 1
+        mean[k] = one / count
+        variance = two / count - mean[k] ** 2
+        deviation[k] = np.sqrt(variance) if variance > 0 else 0.0
+    return mean, deviation
+
+
+@compiled
+def laplacian_share(pictures: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Variance of the Laplacian over the variance of the picture (1 at least), of each of ``rows`` of
+    ``pictures [N, H, W]``; ``H`` and ``W`` are 3 at least."""
+    _, h, w = pictures.shape
+    found = np.empty(len(rows), np.float64)
+    sums = np.empty((4, w), np.float32)  # by column: such sums take several columns at once
+    for k in range(len(rows)):
+        g = pictures[rows[k]]
         level = g[h // 2, w // 2]  # near the mean, for the sake of the sums of squares
         sums[:] = 0
         for i in range(h):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from flywheel import episode
 from flywheel.config import CurateSettings
 from flywheel.curate.checks import Found, check_signals
 from flywheel.curate.pictures import (
+    Film,
     Grey,
+    changes,
     check_pictures,
     check_stuck,
     decoded,
@@ -123,9 +126,10 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     c.frames = table.num_rows
     s = Signals.of(e)
     faults = check_signals(e, s, settings.checks)
-    for camera in settings.cameras:
-        if camera in m.cameras and not faults:
-            faults += check_stuck(table, camera, s.frame_q, settings.checks)
+    films = {x: Film.of(table, x) for x in settings.cameras if x in m.cameras}
+    for film in films.values():
+        if not faults:
+            faults += check_stuck(film, s.frame_q, settings.checks)
     if _quarantined(c, faults):
         return
     if missing := [x for x in settings.cameras if x not in m.cameras]:
@@ -149,24 +153,28 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     at_failure = max(0, int(np.searchsorted(s.frame_ns, failed, side="right")) - 1)
     seen: dict[str, Grey] = {}
     for x in settings.cameras:
-        images, c.view_shapes[x] = decoded_grey(table, x, np.append(rows, at_failure))
+        images, c.view_shapes[x] = decoded_grey(films[x], np.append(rows, at_failure))
         seen[x] = images[:-1]
     motion = np.linalg.norm(np.diff(s.frame_q[rows], axis=0), axis=1)
     small = {x: thumbnails(images) for x, images in seen.items()}
-    faults = [f for x, i in seen.items() for f in check_pictures(i, small[x], x, motion, settings.checks)]
+    change = {x: changes(thumbs) for x, thumbs in small.items()}
+    for x, images in seen.items():
+        faults += check_pictures(images, change[x], x, motion, settings.checks)
     if _quarantined(c, faults):
         return
     c.path = _resampled(s.state[rows], DESCRIPTOR_STEPS)
     first = settings.cameras[0]
     c.look = _resampled(small[first], DESCRIPTOR_IMAGES)
     c.shape = (m.state_dim, m.action_dim, round(m.policy_hz), *c.view_shapes.values())
-    c.mark = Fingerprint.of(s, rows, lambda some: decoded(table, first, some), small[first], settings.checks)
+    c.mark = Fingerprint.of(
+        s, rows, partial(decoded, films[first]), small[first], change[first], motion, settings.checks
+    )
     c.stretch_sha256 = tuple(stretch_sha256(s.state[a:b], s.action[a:b]) for a, b in c.stretches)
     c.phase = _phase(s, failed)
     at = np.append(at_failure, _resampled(rows, DESCRIPTOR_IMAGES))
     c.view_states = s.state[at].astype(np.float32)
     for x in settings.cameras:
-        c.views[x] = tuple(table.column(f"image.{x}")[int(row)].as_py() for row in at)
+        c.views[x] = tuple(films[x].jpegs[row] for row in at.tolist())
 
 
 def _quarantined(c: Candidate, faults: Sequence[Found]) -> bool:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -28,6 +29,7 @@ MAX_SCANS = 64  # of one picture: each costs its whole area (a progressive one o
 THUMBNAIL_PX = 8
 GREY_PX = 128  # of the shorter side, that are left for the checks
 SHARP_PX = 64
+LIGHT_PX = 32  # of each side, that light and contrast are taken from
 SHARP_SAMPLES = 12  # pictures of an episode that are looked at for blur
 
 Grey = NDArray[np.float32]  # [N, H, W], 0 to 255
@@ -35,32 +37,44 @@ Grey = NDArray[np.float32]  # [N, H, W], 0 to 255
 SCAN = b"\xff\xda"  # start of scan; never inside of one, where ff is followed by 00 (ITU-T T.81, B.1.1)
 
 
-def decoded(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images of one camera, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
-    return _decoded(frames, camera, rows, "RGB")[0]
+@dataclass(frozen=True)
+class Film:
+    """The JPEGs of one camera in the rows of an episode."""
+
+    camera: str
+    jpegs: list[bytes]
+
+    @classmethod
+    def of(cls, frames: pa.Table, camera: str) -> Film:
+        """From the table of frames."""
+        return cls(camera, in_one(frames, f"image.{camera}").to_pylist())
 
 
-def decoded_grey(frames: pa.Table, camera: str, rows: NDArray[np.int64]) -> tuple[Grey, tuple[int, int, int]]:
-    """Luma of the images of one camera ``[len(rows), h, w]``, and the shape that they have in colour.
+def decoded(film: Film, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images, uint8 [len(rows), H, W, 3]; ``EpisodeError`` names a row that does not decode."""
+    return _decoded(film, rows, "RGB")[0]
+
+
+def decoded_grey(film: Film, rows: NDArray[np.int64]) -> tuple[Grey, tuple[int, int, int]]:
+    """Luma of the images ``[len(rows), h, w]``, and the shape that they have in colour.
 
     Large ones are decoded to a half, a quarter or an eighth of their size, as long as ``GREY_PX`` are left:
     every byte is read all the same. ``EpisodeError`` as for ``decoded``.
     """
-    images, (height, width) = _decoded(frames, camera, rows, "GRAY")
+    images, (height, width) = _decoded(film, rows, "GRAY")
     return images[..., 0].astype(np.float32), (height, width, 3)
 
 
 def _decoded(
-    frames: pa.Table, camera: str, rows: NDArray[np.int64], colorspace: str
+    film: Film, rows: NDArray[np.int64], colorspace: str
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     import simplejpeg
 
-    column = in_one(frames, f"image.{camera}")
-    data = [column[row].as_py() for row in rows.tolist()]
     images = np.empty((0, 0, 0, 3), np.uint8)
     first = (0, 0)
     least: dict[str, int] = {}
-    for i, (row, picture) in enumerate(zip(rows.tolist(), data, strict=True)):
+    for i, row in enumerate(rows.tolist()):
+        picture = film.jpegs[row]
         try:
             if picture.count(SCAN) > MAX_SCANS:
                 raise ValueError(f"is drawn in {picture.count(SCAN)} scans")
@@ -84,7 +98,7 @@ def _decoded(
                 raise ValueError(f"is {height}×{width} px, unlike the first one")
             simplejpeg.decode_jpeg(picture, colorspace=colorspace, buffer=images[i], **least)
         except ValueError as e:
-            raise EpisodeError(f"image.{camera} in row {row}: {e}") from None
+            raise EpisodeError(f"image.{film.camera} in row {row}: {e}") from None
     return images, first
 
 
@@ -134,37 +148,29 @@ def averages(size: int, count: int) -> Grey:
     return of_pixels
 
 
-def check_stuck(frames: pa.Table, camera: str, frame_q: Floats, settings: CheckSettings) -> list[Found]:
+def check_stuck(film: Film, frame_q: Floats, settings: CheckSettings) -> list[Found]:
     """The same picture, to the last byte, at ``stuck_images`` or more different places of the arm."""
-    coded = in_one(frames, f"image.{camera}").dictionary_encode()
-    if len(coded) - len(coded.dictionary) < settings.stuck_images - 1:
-        return []  # too few are the same as another
-    code = np.asarray(coded.indices)
-    order = np.argsort(code, kind="stable")
-    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
-    count = np.diff(np.append(starts, len(code)))
-    if count.max() < settings.stuck_images:
-        return []
-    sorted_q = frame_q[order]
-    high = np.maximum.reduceat(sorted_q, starts, axis=0)
-    spread = (high - np.minimum.reduceat(sorted_q, starts, axis=0)).max(axis=1)
-    stuck = (count >= settings.stuck_images) & (spread > settings.stuck_motion_rad)
-    if not stuck.any():
-        return []
-    k = int(np.argmax(np.where(stuck, count, 0)))
-    row = int(order[starts[k]])
-    text = f"image.{camera} of row {row} comes {count[k]} times while a joint goes {spread[k]:.3f} rad"
-    return [Found(Fault.STUCK_IMAGE, text)]
+    rows_of: dict[bytes, list[int]] = {}
+    for row, jpeg in enumerate(film.jpegs):
+        rows_of.setdefault(jpeg, []).append(row)
+    for rows in rows_of.values():
+        if len(rows) < settings.stuck_images:
+            continue
+        spread = float(np.ptp(frame_q[rows], axis=0).max())
+        if spread > settings.stuck_motion_rad:
+            text = f"row {rows[0]} comes {len(rows)} times while a joint goes {spread:.3f} rad"
+            return [Found(Fault.STUCK_IMAGE, f"image.{film.camera} of {text}")]
+    return []
 
 
 def check_pictures(
-    images: Grey, thumbs: Floats, camera: str, motion: Floats, settings: CheckSettings
+    images: Grey, changes: Floats, camera: str, motion: Floats, settings: CheckSettings
 ) -> list[Found]:
-    """Pictures ``[N, H, W]`` of one camera and their thumbnails ``[N, 8, 8]``; ``motion [N-1]`` is how far
-    the joints went in between, rad."""
-    some = images[:, :: max(1, images.shape[1] // 32), :: max(1, images.shape[2] // 32)]
-    flat = some.reshape(len(images), -1)
-    mean, contrast = flat.mean(axis=1), np.sqrt(_variance(flat))
+    """Pictures ``[N, H, W]`` of one camera; how much their thumbnails change from each to the next ``[N-1]``,
+    and how far the joints go meanwhile ``[N-1]``, rad."""
+    mean, contrast = columns.light(
+        images, max(1, images.shape[1] // LIGHT_PX), max(1, images.shape[2] // LIGHT_PX)
+    )
     even = contrast < settings.min_contrast
     black, white = even & (mean < settings.black_level), even & (mean > settings.white_level)
     for fault, bad, text in ((Fault.BLACK_IMAGE, black, "dark"), (Fault.WHITE_IMAGE, white, "bright")):
@@ -175,16 +181,17 @@ def check_pictures(
                 f" mean {mean[row]:.0f} of 255, deviation {contrast[row]:.1f})"
             )
             return [Found(fault, why)]
-    some = np.unique(evenly(len(images), SHARP_SAMPLES))
-    sharp = sharpness(images[some])
+    sharp = sharpness(images, evenly(len(images), min(SHARP_SAMPLES, len(images))))
     if (blurred := int((sharp < settings.min_sharpness).sum())) > settings.bad_images:
-        text = f"{blurred} of {len(some)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
+        text = (
+            f"{blurred} of {len(sharp)} pictures of {camera} are blurred (sharpness {np.median(sharp):.3f})"
+        )
         return [Found(Fault.BLURRED_IMAGE, text)]
     fine = ~(black | white)
     between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
     motion = motion[between]
     if len(motion) >= STEPS_MIN and variation(motion) > settings.min_speed_variation:
-        found = np.sort(changes(thumbs)[between])
+        found = np.sort(changes[between])
         low, high = np.interp([0.1 * (len(found) - 1), 0.9 * (len(found) - 1)], np.arange(len(found)), found)
         if motion.sum() > settings.min_motion_rad and high < settings.min_change_ratio * low:
             text = f"the pictures of {camera} change alike ({low:.2g} to {high:.2g}) however the arm moves"
@@ -197,23 +204,17 @@ def changes(small: Floats) -> Floats:
     return np.asarray(np.abs(np.diff(small, axis=0)).mean(axis=(1, 2)))
 
 
-def sharpness(images: Grey) -> Floats:
-    """Variance of the Laplacian over the variance of the picture, ``[N]``; 0 for an even picture, and for one
-    of less than 3 px.
+def sharpness(images: Grey, rows: NDArray[np.int64]) -> Floats:
+    """Variance of the Laplacian over the variance of the picture, of ``rows`` of ``images [N, H, W]``; 0 for
+    an even picture, and for one of less than 3 px.
 
     Taken at 64 to 127 px (blocks are averaged), so that it does not depend on how many pixels a camera has.
     """
     k = max(1, min(images.shape[1:3]) // SHARP_PX)
-    n, h, w = len(images), images.shape[1] // k, images.shape[2] // k
+    h, w = images.shape[1] // k, images.shape[2] // k
     if min(h, w) < 3:
-        return np.zeros(n)
+        return np.zeros(len(rows))
     if k > 1:
-        images = images[:, : h * k, : w * k].reshape(n, h, k, w, k).mean(axis=(2, 4))
-    return columns.laplacian_share(images)
-
-
-def _variance(pictures: Grey) -> Grey:
-    """Of each picture ``[N, …]``, ``[N]``."""
-    flat = pictures.reshape(len(pictures), -1)
-    flat = flat - flat.mean(axis=1, keepdims=True)
-    return np.asarray(np.einsum("ij,ij->i", flat, flat) / flat.shape[1])
+        images = images[rows, : h * k, : w * k].reshape(len(rows), h, k, w, k).mean(axis=(2, 4))
+        rows = np.arange(len(rows))
+    return columns.laplacian_share(images, rows)

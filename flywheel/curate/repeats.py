@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flywheel.config import CheckSettings
+from flywheel.curate import columns
 from flywheel.curate.checks import Fault, Found, correlation
-from flywheel.curate.pictures import averages, changes
 from flywheel.curate.signals import Floats, Signals
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ NEAREST = 24  # windows that are looked at for each
 OVERLAP_FRAMES = 8  # that two must have in common, and half of the shorter one
 GLARE = 0.9  # of white: what a longer exposure may have cut off
 NEIGHBOURS = 7
+COLOUR_BLOCKS = 4  # of each side
 CHANGE_MIN, MOTION_MIN_RAD = 1e-3, 1e-2  # less is noise: of thumbnails, of the joints between two frames
 MAD_MIN = 0.06
 AGREE_MIN = 12  # episodes that must agree before one is told that it does not
@@ -64,22 +65,24 @@ class Fingerprint:
         rows: NDArray[np.int64],
         before_tool: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
         small: Floats,
+        changes: Floats,
+        motion: Floats,
         settings: CheckSettings,
     ) -> Fingerprint:
-        """From the usable ``rows`` of the frames, one camera's thumbnails of them ``small [len(rows), 8, 8]``
-        and ``before_tool``, which gives its images of some of the rows ``[K, H, W, 3]``."""
+        """From the usable ``rows`` of the frames, thumbnails of one camera there ``small [len(rows), 8, 8]``,
+        how much these and the joints (rad) change from row to row ``[len(rows) - 1]``, and ``before_tool``:
+        the images of some rows ``[K, H, W, 3]``."""
         first, last = int(s.tick[rows[0]]), int(s.tick[rows[-1]])
         taken = np.flatnonzero(~s.held[first:last] & s.held[first + 1 : last + 1]) + 1 + first
         moment = int(taken[0]) if len(taken) else (first + last) // 2
         frame = int(np.clip(np.searchsorted(s.tick[rows], moment) - 1, 0, len(rows) - 1))
         release = s.last_release
         joints = s.frame_q[rows]
-        motion = np.linalg.norm(np.diff(joints, axis=0), axis=1)
         return cls(
             joints=joints.astype(np.float32),
             looks=np.rint(small * 255.0).astype(np.uint8),
             colours=colours(before_tool(rows[max(frame - 3, 0) : frame + 1])),
-            seen_motion=correlation(np.log(changes(small) + CHANGE_MIN), np.log(motion + MOTION_MIN_RAD)),
+            seen_motion=correlation(np.log(changes + CHANGE_MIN), np.log(motion + MOTION_MIN_RAD)),
             let_go=None
             if release is None
             else s.state[np.clip(np.searchsorted(s.tick, release), 0, len(s.tick) - 1), : settings.pose_dims],
@@ -88,13 +91,7 @@ class Fingerprint:
 
 def colours(images: NDArray[np.uint8]) -> Floats:
     """Shares of red and green in the inner half of images ``[N, H, W, 3]``, on a grid of 4 × 4: ``[32]``."""
-    h, w = images.shape[1:3]
-    inner = images[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean(axis=0, dtype=np.float32)
-    down, across = (averages(n, 4) for n in inner.shape[:2])
-    grid = across @ np.tensordot(down, inner, 1)
-    return np.asarray(
-        (grid / np.maximum(grid.sum(axis=2, keepdims=True), 1.0))[:, :, :2].reshape(-1), np.float64
-    )
+    return columns.colour_shares(images, COLOUR_BLOCKS).reshape(-1)
 
 
 def check_together(candidates: Sequence[Candidate], settings: CheckSettings) -> None:

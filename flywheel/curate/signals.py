@@ -93,11 +93,6 @@ class Signals:
         return np.flatnonzero(self.step_ns > GAP_PERIODS * 1e9 / self.manifest.control_hz)
 
     @cached_property
-    def new_anchor(self) -> NDArray[np.int64]:
-        """Rows with another anchor than the one before, ascending, the first row among them."""
-        return np.append(0, np.flatnonzero(self.anchor_ns[1:] != self.anchor_ns[:-1]) + 1)
-
-    @cached_property
     def joints(self) -> dict[str, Survey]:
         """Of ``q``, ``dq`` and ``tau``. Torques may only be expected to vary while the robot has power and
         is not at its limit. At least one tick."""
