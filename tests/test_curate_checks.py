@@ -183,6 +183,24 @@ def test_declared_gap_is_no_fault_and_an_undeclared_one_is(sound: list[Path], tm
         assert faults(d, tmp_path / str(undeclared)) == found
 
 
+@pytest.mark.parametrize("rows", [0, 1, 30])
+def test_control_that_was_cut_off_leaves_frames_that_nothing_was_checked_against(
+    rows: int, sound: list[Path], tmp_path: Path
+) -> None:
+    d = draft(sound[0])
+    d.control = {k: v[:rows] for k, v in d.control.items()}
+    assert faults(d, tmp_path)[0] == Fault.GAP
+
+
+def test_chunk_with_forged_anchors_is_told_without_an_overflow(sound: list[Path], tmp_path: Path) -> None:
+    d = draft(sound[0])
+    t = d.control["t_ns"]
+    k = int(np.flatnonzero(d.control["chunk_id"] >= 0)[5])
+    d.control["chunk_id"][k : k + 2] = d.control["chunk_id"][k]
+    d.control["chunk_age_ns"][k : k + 2] = int(t[k]) - (2**63 - 1), 2**63 - 1
+    assert Fault.CLOCK_JUMP in faults(d, tmp_path)
+
+
 Change = Callable[[Draft, float], None]
 
 

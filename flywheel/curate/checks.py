@@ -84,9 +84,9 @@ class Found:
 
 def check_signals(e: Episode, s: Signals, settings: CheckSettings) -> list[Found]:
     """Every fault that the tables show, the ones that explain others first."""
-    if len(s.frame_ns) and not len(s.t_ns):
-        return [Found(Fault.GAP, f"control has no rows beside {len(s.frame_ns)} frames")]
-    if len(s.t_ns) < 2 or len(s.frame_ns) < 2:
+    if len(s.t_ns) < min(len(s.frame_ns), 2):
+        return [Found(Fault.GAP, f"control has {len(s.t_ns)} rows beside {len(s.frame_ns)} frames")]
+    if len(s.frame_ns) < 2:
         return []  # too short to contradict itself; and too short to be used
     found = [*_clocks(e, s), *_stuck_signals(s, settings), *_limits(s, settings)]
     if not found:  # else what follows would only repeat it in other words
@@ -116,9 +116,18 @@ def _clocks(e: Episode, s: Signals) -> list[Found]:
     gaps = count_gaps(e.control, m.control_hz) + count_gaps(e.frames, m.policy_hz)
     if gaps > m.gaps:
         found.append(Found(Fault.GAP, f"{gaps} gaps in the tables, the manifest declares {m.gaps}"))
+    if not m.drops and (alone := _alone(s)) > 1:
+        found.append(Found(Fault.GAP, f"{alone} frames lie before or after all rows of control"))
     if found:
         return found
     return _jumps(s) or _anchors(s)
+
+
+def _alone(s: Signals) -> int:
+    """Frames more than a period of the policy outside of the time that control has rows of."""
+    period = 1e9 / s.manifest.policy_hz
+    early, late = s.frame_ns < s.t_ns[0] - period, s.frame_ns > s.t_ns[-1] + period
+    return int(np.count_nonzero(early | late))
 
 
 def _jumps(s: Signals) -> list[Found]:
@@ -138,7 +147,7 @@ def _jumps(s: Signals) -> list[Found]:
             text += f" after {period:.3g} s"
             return [Found(Fault.CLOCK_JUMP, text)]
     if (k := columns.slip(s.anchor_ns, s.chunk_id, 1e9 * period)) > 0:
-        by = (s.anchor_ns[k] - s.anchor_ns[k - 1]) / 1e6
+        by = (int(s.anchor_ns[k]) - int(s.anchor_ns[k - 1])) / 1e6
         text = f"row {k}: chunk {s.chunk_id[k]} moved by {by:.1f} ms while it was in force"
         return [Found(Fault.CLOCK_JUMP, text)]
     return []
@@ -148,11 +157,12 @@ def _anchors(s: Signals) -> list[Found]:
     """Frames against chunks: what System 1 followed was made from a picture, and that picture is a row."""
     followed = (s.chunk_id >= 0) & (s.mode != Mode.FALLBACK) & (s.anchor_ns >= s.frame_ns[0])
     tolerance = 1e9 / s.manifest.control_hz
-    missing, anchors = columns.anchors_without_frame(s.anchor_ns, followed, s.frame_ns, tolerance)
-    allowed = s.manifest.gaps + s.manifest.drops + max(1, anchors // 50)
+    anchors = np.unique(columns.in_force(s.anchor_ns, followed))
+    missing = columns.without_frame(anchors, s.frame_ns, tolerance)
+    allowed = s.manifest.gaps + s.manifest.drops + max(1, len(anchors) // 50)
     if missing <= allowed:
         return []
-    text = f"{missing} of {anchors} chunks were made from frames that are not there ({allowed} may be)"
+    text = f"{missing} of {len(anchors)} chunks were made from frames that are not there ({allowed} may be)"
     return [Found(Fault.CHUNK_WITHOUT_FRAME, text)]
 
 

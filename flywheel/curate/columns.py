@@ -1,4 +1,7 @@
-"""One pass over what an episode is made of, compiled: curation should cost little more than reading it."""
+"""One pass over what an episode is made of, compiled: curation should cost little more than reading it.
+
+What is compiled checks no index. Nothing is sorted here: who knows numba's sort can make it quadratic.
+"""
 
 from __future__ import annotations
 
@@ -127,23 +130,22 @@ def slip(anchor_ns: NDArray[np.int64], chunk_id: NDArray[np.int64], tolerance_ns
 
 
 @compiled
-def anchors_without_frame(
-    anchor_ns: NDArray[np.int64],
-    followed: NDArray[np.bool_],
-    frame_ns: NDArray[np.int64],
-    tolerance_ns: float,
-) -> tuple[int, int]:
-    """How many different anchors of the rows ``followed`` have no time of ``frame_ns`` (ascending, one at
-    least) that near; and of how many."""
+def in_force(anchor_ns: NDArray[np.int64], followed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The anchors of the rows ``followed``, one for each stretch of rows with the same."""
     found = np.empty(len(anchor_ns), np.int64)
     count = 0
     for i in range(len(anchor_ns)):
         if followed[i] and (count == 0 or anchor_ns[i] != found[count - 1]):
             found[count] = anchor_ns[i]
             count += 1
-    anchors = np.unique(found[:count])
+    return found[:count].copy()
+
+
+@compiled
+def without_frame(anchor_ns: NDArray[np.int64], frame_ns: NDArray[np.int64], tolerance_ns: float) -> int:
+    """How many of ``anchor_ns`` have no time of ``frame_ns`` that near; both ascend, frames one at least."""
     missing, at = 0, 0
-    for anchor in anchors:
+    for anchor in anchor_ns:
         while at + 1 < len(frame_ns) and frame_ns[at + 1] <= anchor:
             at += 1
         off = abs(np.float64(anchor) - np.float64(frame_ns[at]))
@@ -151,7 +153,7 @@ def anchors_without_frame(
             off = min(off, np.float64(frame_ns[at + 1]) - np.float64(anchor))
         if off > tolerance_ns:
             missing += 1
-    return missing, len(anchors)
+    return missing
 
 
 @compiled

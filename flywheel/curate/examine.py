@@ -126,12 +126,12 @@ def _examine(c: Candidate, e: Episode, settings: CurateSettings) -> None:
     c.frames = table.num_rows
     s = Signals.of(e)
     faults = check_signals(e, s, settings.checks)
-    films = {x: Film.of(table, x) for x in settings.cameras if x in m.cameras}
-    for film in films.values():
-        if not faults:
-            faults += check_stuck(film, s.frame_q, settings.checks)
     if _quarantined(c, faults):
         return
+    films = {x: Film.of(table, x) for x in settings.cameras if x in m.cameras}
+    for film in films.values():
+        if _quarantined(c, check_stuck(film, s.frame_q, settings.checks)):
+            return
     if missing := [x for x in settings.cameras if x not in m.cameras]:
         c.decide(False, "no_camera", f"has cameras {m.cameras}, the policy needs {missing[0]!r}")
         return

@@ -164,7 +164,7 @@ def check_stuck(film: Film, frame_q: Floats, settings: CheckSettings) -> list[Fo
 
 
 def check_pictures(
-    images: Grey, changes: Floats, camera: str, motion: Floats, settings: CheckSettings
+    images: Grey, change: Floats, camera: str, motion: Floats, settings: CheckSettings
 ) -> list[Found]:
     """Pictures ``[N, H, W]`` of one camera; how much their thumbnails change from each to the next ``[N-1]``,
     and how far the joints go meanwhile ``[N-1]``, rad."""
@@ -191,7 +191,7 @@ def check_pictures(
     between = fine[1:] & fine[:-1]  # a single black one says nothing of the rest
     motion = motion[between]
     if len(motion) >= STEPS_MIN and variation(motion) > settings.min_speed_variation:
-        found = np.sort(changes[between])
+        found = np.sort(change[between])
         low, high = np.interp([0.1 * (len(found) - 1), 0.9 * (len(found) - 1)], np.arange(len(found)), found)
         if motion.sum() > settings.min_motion_rad and high < settings.min_change_ratio * low:
             text = f"the pictures of {camera} change alike ({low:.2g} to {high:.2g}) however the arm moves"
