@@ -284,7 +284,7 @@ def _document(
     begun: float,
 ) -> dict[str, Any]:
     recorded_s = time.monotonic() - begun
-    figures = scan(sound[:12], 12 if full else 3)
+    figures = scan(sound[:12], 30 if full else 15)
     per_kind = 8 if full else 1
     fresh = [k for k, (group, _) in KINDS.items() if group != "repeated"]
     again = [k for k, (group, _) in KINDS.items() if group == "repeated"]
