@@ -1,6 +1,6 @@
 """Write a dataset version: LeRobotDataset v3 with images inside the Parquet files.
 
-The metadata is written by lerobot's own classes, with its own statistics. The rows are not:
+The metadata is written by lerobot's own classes, with its own statistics (``statistics``). The rows are not:
 its writer sends each frame through a file and each episode through ``datasets.map``, which costs 0.2 s an
 episode and stamps a random fingerprint into the schema. Rows written here have the same values and the same
 PNG bytes (a test compares the two), and the same clips always give the same bytes. Pictures that come as JPEG
@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from flywheel.dataset import statistics
 from flywheel.dataset.frames import ACTION, IMAGE_PREFIX, STATE
 from flywheel.errors import StageError
 
@@ -274,6 +273,8 @@ def _png(image: NDArray[np.uint8]) -> bytes:
 def _stats(clip: Clip, columns: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, NDArray[Any]]]:
     """lerobot's statistics of one episode, from memory; images are sampled as lerobot samples them."""
     from lerobot.datasets.compute_stats import sample_indices
+
+    from flywheel.dataset import statistics  # compiled: whoever only reads datasets does without
 
     stats = {
         IMAGE_PREFIX + camera: statistics.of_pictures(images[sample_indices(len(images))])
